@@ -1,0 +1,190 @@
+"""The config of any writer → the text config that the host's ``qwen3_moe.ModelArgs`` takes.
+
+The config is normalized **in place**: mlx-lm saves that very dict with ``convert`` and ``fuse``, so what it saves loads
+in a host without this package.
+
+| field              | official release, transformers 4.57           | transformers ≥ 5            | normalized      |
+|--------------------|-----------------------------------------------|-----------------------------|-----------------|
+| text fields        | in ``text_config``; some trainers: at the top | in ``text_config``          | ``text_config`` |
+| experts            | ``num_experts``                               | ``num_local_experts``       | ``num_experts`` |
+| RoPE               | ``rope_theta``, ``rope_scaling``              | both in ``rope_parameters`` | as 4.57         |
+| no theta means     | 5000000                                       | 500000                      | the number      |
+| ``norm_topk_prob`` | written, but ignored: always true             | not written: always true    | true            |
+| tied embeddings    | ``tie_word_embeddings`` at the top, in ``text_config``, both or neither     | false: `tied`   |
+
+Sources: ``configuration_qwen3_vl_moe.py`` and ``modeling_rope_utils.py`` of transformers 4.57.6 and 5.23.0.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_REQUIRED = (  # sizes without a default that every writer shares
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+)
+_DEFAULTS = {  # the same in transformers 4.57 and 5
+    "model_type": "qwen3_vl_moe_text",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128000,
+    "mlp_only_layers": [],
+    "rms_norm_eps": 1e-6,
+}
+_TEXT_FIELDS = {
+    *_REQUIRED,
+    *_DEFAULTS,
+    "attention_dropout",
+    "head_dim",
+    "initializer_range",
+    "norm_topk_prob",
+    "num_local_experts",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "router_aux_loss_coef",
+    "use_cache",
+} - {"model_type"}
+
+
+def normalize(config: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite a Qwen3-VL-MoE config in place so that ``config["text_config"]`` is what the host's ``qwen3_moe`` takes.
+
+    Returns the text config. Idempotent. Raises `CheckpointError` for a field that is missing or of no use here.
+    """
+    text = _nested(config)
+    if "num_local_experts" in text:
+        experts = text.pop("num_local_experts")
+        if text.setdefault("num_experts", experts) != experts:
+            raise _error("num_experts", f"the same as num_local_experts ({experts})", text["num_experts"])
+    for field, default in _DEFAULTS.items():
+        if text.get(field) is None:
+            text[field] = list(default) if isinstance(default, list) else default
+    for field in _REQUIRED:
+        if field not in text:
+            raise _error(field, "a positive integer", "nothing")
+    if text.get("head_dim") is None:
+        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
+        if type(text[field]) is not int or text[field] <= 0:
+            raise _error(field, "a positive integer", text[field])
+    if text["num_attention_heads"] % text["num_key_value_heads"]:
+        raise _error(
+            "num_key_value_heads", f"a divisor of {text['num_attention_heads']} heads", text["num_key_value_heads"]
+        )
+    if text["num_experts_per_tok"] > text["num_experts"]:
+        raise _error("num_experts_per_tok", f"at most num_experts ({text['num_experts']})", text["num_experts_per_tok"])
+    if text["attention_bias"]:
+        raise _error("attention_bias", "false, as the host's qwen3_moe has no bias", text["attention_bias"])
+    if text["hidden_act"] not in ("silu", "swish"):
+        raise _error("hidden_act", "'silu', as in the host's qwen3_moe", text["hidden_act"])
+    if text.get("norm_topk_prob") is False:
+        logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
+    text["norm_topk_prob"] = True
+    _normalize_rope(text, str(config.get("transformers_version") or ""))
+    # `mlx_lm.convert` looks for the dtype here, transformers 5 may write it at the top level only.
+    if text.get("dtype") is None and (dtype := config.get("dtype") or config.get("torch_dtype")):
+        text["dtype"] = dtype
+    # The head is always a tensor of its own (shared with the embeddings, not copied, in a tied model): what is saved
+    # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head.
+    text["tie_word_embeddings"] = False
+    return text
+
+
+def tied(config: dict[str, Any]) -> bool | None:
+    """Whether the output head is the embedding matrix: True, False, or None where only the tensors can tell.
+
+    To be asked before `normalize`. transformers 4.57 obeys ``text_config``, 5 the top level, where ``text_config`` says
+    true by a class default even beside a real head. So only a config that does not contradict itself is believed, and
+    ``true`` in ``text_config`` alone is not enough.
+    """
+    text = config.get("text_config")
+    top, nested = config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    if top and nested is not False:
+        return True
+    if top or nested or (top is None and nested is None):
+        return None
+    return False
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    """``config["text_config"]``, gathered from the top level where a writer lost the nesting."""
+    text = config.get("text_config")
+    if text is None and "hidden_size" in config:
+        text = {field: config.pop(field) for field in sorted(_TEXT_FIELDS & config.keys())}
+        config["text_config"] = text
+    if not isinstance(text, dict):
+        raise CheckpointError(
+            f"config.json: expected the language model's fields in 'text_config', found {text!r}. "
+            "Is this a Qwen3-VL-MoE checkpoint? Take config.json from the original model."
+        )
+    return text
+
+
+def _normalize_rope(text: dict[str, Any], version: str) -> None:
+    """Settle ``rope_theta`` and ``rope_scaling``: plain RoPE or YaRN.
+
+    With text only, all three position axes of (interleaved) M-RoPE are equal, which is plain RoPE.
+    """
+    scaling: dict[str, Any] = {}
+    thetas = [text["rope_theta"]] if text.get("rope_theta") is not None else []
+    for field in ("rope_scaling", "rope_parameters"):  # the newer one goes last and wins
+        value = text.pop(field, None)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise _error(field, "an object", value)
+        value = {key: item for key, item in value.items() if item is not None}
+        if "rope_theta" in value:
+            thetas.append(value.pop("rope_theta"))
+        scaling |= value
+    if not thetas and not version:
+        raise _error("rope_theta", "a number (official models: 5000000)", "nothing")
+    thetas = thetas or [500000 if int(version.split(".")[0]) >= 5 else 5000000]
+    if len(set(map(str, thetas))) > 1 and len({float(theta) for theta in thetas}) > 1:
+        raise _error("rope_theta", "one value", f"{thetas} in different fields")
+    if isinstance(thetas[-1], bool) or not isinstance(thetas[-1], (int, float)) or not thetas[-1] > 0:
+        raise _error("rope_theta", "a positive number", thetas[-1])
+    text["rope_theta"] = thetas[-1]
+
+    older = scaling.pop("type", "default")
+    rope_type = scaling.pop("rope_type", older)
+    if rope_type == "mrope":
+        rope_type = "default"
+    if rope_type not in ("default", "yarn"):
+        raise _error("rope_type", "'default' or 'yarn'", rope_type)
+    for where in (text, scaling):
+        if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise _error("partial_rotary_factor", "1.0", where["partial_rotary_factor"])
+    if rope_type == "yarn":
+        scaling.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
+        for field in ("factor", "original_max_position_embeddings"):
+            if isinstance(scaling.get(field), bool) or not isinstance(scaling.get(field), (int, float)):
+                raise _error(f"{field} of YaRN", "a number", scaling.get(field, "nothing"))
+        if scaling.pop("truncate", True) is not True:
+            raise _error("truncate of YaRN", "true, as in the host's YaRN", False)
+        # transformers uses the pair or neither; the host would fill in the other.
+        if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
+            scaling.pop("mscale", None)
+            scaling.pop("mscale_all_dim", None)
+    text["rope_scaling"] = {**scaling, "rope_type": rope_type}
+
+
+def _error(field: str, expected: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: {field}: expected {expected}, found {found if isinstance(found, str) else repr(found)}. "
+        "Correct text_config, or take config.json from the original model."
+    )

@@ -1,0 +1,101 @@
+"""Qwen3-VL-MoE as a text model: a text-only wrapper of the host's ``mlx_lm.models.qwen3_moe``.
+
+It loads a Qwen3-VL-MoE checkpoint, discards the vision components, and reshapes the expert weights into what the host's
+``SwitchGLU`` takes (see `mlx_lm_qwen3vlmoe.sanitize`). Images are not supported, by design. The parameter tree,
+``language_model.model.…`` and ``language_model.lm_head.…``, is that of the host's own ``qwen3_vl_moe``: what is
+converted or fine-tuned with one loads in the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import qwen3_moe
+from mlx_lm.models.base import BaseModelArgs
+from mlx_lm.models.rope_utils import initialize_rope
+
+from . import config
+from .sanitize import sanitize
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """What the model needs of a config.
+
+    Attributes:
+        model_type: ``qwen3_vl_moe``.
+        text_config: the language model's fields as the host's ``qwen3_moe.ModelArgs`` takes them, and others.
+        tie_word_embeddings: whether the head is the embedding matrix; None where only the tensors can tell.
+    """
+
+    model_type: str
+    text_config: dict[str, Any]
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self) -> None:
+        config.normalize({"text_config": self.text_config})
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
+        """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
+        tied = config.tied(params)
+        return cls(params.get("model_type", "qwen3_vl_moe"), config.normalize(params), tied)
+
+
+class Model(nn.Module):
+    """The host's ``qwen3_moe.Model`` as ``language_model``, with YaRN where the config asks for it."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        text = args.text_config
+        self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
+        if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
+            rope = initialize_rope(
+                text["head_dim"], text["rope_theta"], False, text["rope_scaling"], text["max_position_embeddings"]
+            )
+            rope.mscale = text["rope_scaling"].get("attention_factor", rope.mscale)
+            for layer in self.language_model.model.layers:
+                layer.self_attn.rope = rope
+
+    if "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters:
+
+        def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+            """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place."""
+            return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
+
+    else:  # mlx-lm 0.28.2
+
+        def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:  # type: ignore[misc]
+            """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``."""
+            return self.language_model(inputs, cache=cache)
+
+    if hasattr(qwen3_moe.Model, "shard"):
+
+        def shard(self, group: mx.distributed.Group | None = None) -> None:
+            """Keep this rank's part of every layer, for tensor parallelism (the host's own implementation)."""
+            self.language_model.shard(group)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
+        return sanitize(weights, self.args)
+
+    @property
+    def model(self) -> nn.Module:
+        """The decoder, where `mlx_lm.utils.sharded_load` looks for ``pipeline``."""
+        return self.language_model.model
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers of this process: all of them, or one stage of a pipeline."""
+        return self.language_model.layers
+
+    @property
+    def quant_predicate(self) -> Any:
+        """What the host quantizes and how: the router at 8 bits."""
+        return self.language_model.quant_predicate

@@ -1,0 +1,311 @@
+"""Tensors of any Qwen3-VL-MoE layout → the names, shapes and memory order of the host's ``qwen3_moe``.
+
+E = num_experts, H = hidden_size, I = moe_intermediate_size. The host's ``SwitchGLU`` keeps one array a projection for
+all experts of a layer, ``switch_mlp.{gate,up}_proj.weight [E, I, H]`` and ``switch_mlp.down_proj.weight [E, H, I]``:
+the ``[out, in]`` of a linear layer with the experts in front. Checkpoints store, under ``….layers.N.mlp.``:
+
+| tensors                                                                       | written by                        |
+|-------------------------------------------------------------------------------|-----------------------------------|
+| ``experts.gate_up_proj [E, H, 2I]``, ``experts.down_proj [E, I, H]``          | official release, transformers 4  |
+| ``experts.gate_up_proj [E, 2I, H]``, ``experts.down_proj [E, H, I]``          | transformers ≥ 5.2                |
+| ``experts.{e}.{gate,up}_proj.weight [H/2, 2I]``, ``….down_proj.weight [I, H]``| transformers 5.0, 5.1: `_stacked` |
+| ``experts.{e}.{p}_proj.weight [out, in]``, or ``experts.{p}_proj.{e}.weight`` | per-expert exports                |
+| ``switch_mlp.{p}_proj.weight``, ``.scales``, ``.biases``                      | mlx-lm, mlx-vlm: taken as it is   |
+
+Every step is a function from a dict of lazy arrays to another; none evaluates an array, so that a checkpoint larger
+than memory can be converted, or read in part by one machine of many.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .model import ModelArgs
+
+Weights = dict[str, mx.array]
+logger = logging.getLogger(__name__)
+
+_DECODER, _HEAD = "language_model.model.", "language_model.lm_head."
+# What stands before the name of a text tensor: transformers ≥ 4.57, MLX and older transformers, a bare language model.
+_TEXT = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?"
+    r"((?:layers\.\d+|embed_tokens|norm|lm_head)\..+)"
+)
+_VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
+# Rotary frequencies are computed, and the router has no bias: some exports invent one.
+_MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
+_LAYER = re.compile(re.escape(_DECODER) + r"layers\.(\d+)\.")
+_FUSED = re.compile(r"(.+\.mlp)\.experts\.(gate_up_proj|down_proj)")
+_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(?:(\d+)\.(gate|up|down)_proj|(gate|up|down)_proj\.(\d+))\.weight")
+_TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what only a dense one has
+    r"(?:lm_head|model\.embed_tokens|model\.norm|model\.layers\.(\d+)\."
+    r"(?:input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\."
+    r"(?:(gate|switch_mlp\.(?:gate|up|down)_proj)|((?:gate|up|down)_proj))))\.(?:weight|scales|biases|global_scale)"
+)
+
+
+def sanitize(weights: Weights, args: ModelArgs) -> Weights:
+    """Rename, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
+
+    Lazy and idempotent. Takes any part of a checkpoint, ``{}`` too; a whole one must be complete.
+
+    Args:
+        weights: names as any writer gives them → arrays; left as it is.
+        args: the config, see `mlx_lm_qwen3vlmoe.model.ModelArgs`.
+
+    Raises:
+        CheckpointError: a tensor belongs to nothing, or is missing, ambiguous or of the wrong shape.
+    """
+    weights = rename(weights)
+    present = {int(match[1]) for match in map(_LAYER.match, weights) if match}
+    whole = present.issuperset(range(args.text_config["num_hidden_layers"]))
+    weights = stack_experts(weights, args, whole)
+    weights = settle_head(weights, args, whole)
+    check_names(weights, args.text_config)
+    return cast_experts(weights)
+
+
+def rename(weights: Weights) -> Weights:
+    """Bring every prefix that writers use to the host's two, and leave out what a text model has no use for.
+
+    ``model.visual.…``, ``visual.…`` and ``vision_tower.…`` are the vision components, dropped by these names.
+    """
+    renamed: Weights = {}
+    for name, array in weights.items():
+        if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
+            continue
+        if not (match := _TEXT.fullmatch(name)):
+            raise CheckpointError(
+                f"{name}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., model.visual.), "
+                "found another. Is this checkpoint of another model type, or an adapter?"
+            )
+        text = match[1]
+        target = f"language_model.{text}" if text.startswith("lm_head.") else _DECODER + text
+        if target in renamed:
+            raise CheckpointError(
+                f"{name}: expected one tensor for {target}, found two under different prefixes. "
+                "Remove one, or the file that a second tool left in the folder."
+            )
+        renamed[target] = array
+    return renamed
+
+
+def stack_experts(weights: Weights, args: ModelArgs, whole: bool = True) -> Weights:
+    """Replace the experts of every layer, however stored, by the three arrays of the host's ``SwitchGLU``.
+
+    An incomplete set of experts is an error in a whole checkpoint. In a part of one (a stage of a pipeline reads files,
+    which end in the middle of a layer) it is left out.
+    """
+    others: Weights = {}
+    fused: dict[str, Weights] = {}
+    single: dict[str, dict[str, dict[int, mx.array]]] = {}
+    for name, array in weights.items():
+        if ".mlp.experts." not in name:
+            others[name] = array
+        elif match := _FUSED.fullmatch(name):
+            fused.setdefault(match[1], {})[match[2]] = array
+        elif match := _EXPERT.fullmatch(name):
+            expert, projection = match[2] or match[5], match[3] or match[4]
+            experts = single.setdefault(match[1], {}).setdefault(projection, {})
+            if int(expert) in experts:
+                raise CheckpointError(
+                    f"{name}: expected one tensor for this expert, found experts.{expert}.{projection}_proj and "
+                    f"experts.{projection}_proj.{expert}. Remove the file that a second tool left in the folder."
+                )
+            experts[int(expert)] = array
+        else:
+            raise CheckpointError(
+                f"{name}: expected experts.gate_up_proj, experts.down_proj or experts.<e>.<p>_proj.weight, found "
+                " a tensor of experts that belongs to nothing. Take the original checkpoint."
+            )
+    sizes = args.text_config
+    for mlp in [*fused, *single]:
+        switch_mlp = f"{mlp}.switch_mlp"
+        if (mlp in fused and mlp in single) or f"{switch_mlp}.down_proj.weight" in others:
+            raise CheckpointError(
+                f"{mlp}: expected its experts in one layout, found two (of experts.gate_up_proj, experts.0.gate_proj, "
+                "switch_mlp.gate_proj). Remove the file that a second tool left in the folder."
+            )
+        missing = _missing(mlp, fused.get(mlp), single.get(mlp, {}), sizes["num_experts"])
+        if missing and whole:
+            raise CheckpointError(
+                f"{missing}: expected with the other experts of its layer, found nothing. "
+                "Is a file of the checkpoint missing, or num_experts wrong in config.json?"
+            )
+        if missing:
+            logger.debug("%s is not in this part of the checkpoint: the layer's experts are left out", missing)
+            continue
+        parts = _split(mlp, fused[mlp], sizes) if mlp in fused else _stacked(mlp, single[mlp], sizes)
+        for projection, array in parts:
+            others[f"{switch_mlp}.{projection}_proj.weight"] = array
+    return others
+
+
+def _missing(mlp: str, fused: Weights | None, single: dict[str, dict[int, mx.array]], experts: int) -> str | None:
+    """The name of the first tensor that the experts of a layer lack; an expert too many raises."""
+    if fused is not None:
+        return next((f"{mlp}.experts.{name}" for name in ("gate_up_proj", "down_proj") if name not in fused), None)
+    for projection in ("gate", "up", "down"):
+        found = single.get(projection, {})
+        if beyond := [expert for expert in found if expert >= experts]:
+            raise CheckpointError(
+                f"{mlp}.experts.{min(beyond)}.{projection}_proj.weight: expected experts 0 to {experts - 1}, found it. "
+                "Correct num_experts in config.json."
+            )
+        if len(found) < experts:
+            expert = next(expert for expert in range(experts) if expert not in found)
+            return f"{mlp}.experts.{expert}.{projection}_proj.weight"
+    return None
+
+
+def _split(mlp: str, fused: Weights, sizes: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+    """Cut a layer's fused experts into gate, up and down, each ``[E, out, in]``.
+
+    ``gate_up_proj`` holds two projections of every expert, first gate, then up, as the two halves of one axis (never
+    interleaved): the origin multiplies once and cuts the product. The host multiplies twice, so the array is cut here.
+
+    The official release stores ``[in, out]`` and multiplies ``x @ w``, so the halves lie on the last axis. The host
+    keeps ``[out, in]``, as in every linear layer, and multiplies by the transpose, so the last two axes change places.
+    transformers ≥ 5.2 stores ``[out, in]`` like the host: its halves lie on the axis before, and no axis moves.
+    """
+    e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
+    gate_up, down = fused["gate_up_proj"], fused["down_proj"]
+    # Only the shape tells the two orders apart. H = 2I makes one tensor square, H = I the other: one always tells.
+    gate_up_turned = _in_out(f"{mlp}.experts.gate_up_proj", gate_up.shape, (e, h, 2 * i))
+    down_turned = _in_out(f"{mlp}.experts.down_proj", down.shape, (e, i, h))
+    if gate_up_turned if gate_up_turned is not None else down_turned:
+        yield "gate", _turned(gate_up[..., :i])
+        yield "up", _turned(gate_up[..., i:])
+    else:
+        yield "gate", gate_up[:, :i]
+        yield "up", gate_up[:, i:]
+    yield "down", _turned(down) if (down_turned if down_turned is not None else gate_up_turned) else down
+
+
+def _in_out(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool | None:
+    """Whether experts are stored as ``shape``, ``[E, in, out]``, or with the last two axes swapped; None if square."""
+    swapped = (*shape[:-2], shape[-1], shape[-2])
+    if found not in (shape, swapped):
+        raise CheckpointError(
+            f"{name}: expected the shape {list(shape)} or {list(swapped)}, found {list(found)}. Are num_experts, "
+            "hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
+        )
+    return None if shape == swapped else found == shape
+
+
+def _turned(array: mx.array) -> mx.array:
+    """``[E, in, out]`` as the ``[E, out, in]`` of the host, in an order in memory that its backend multiplies uncopied.
+
+    MLX's CPU backend takes either order of the last two axes if it is exactly contiguous, and copies the whole array at
+    every call otherwise: a contiguous half viewed transposed is the cheapest to make. CUDA's matrix-vector kernel wants
+    ``[E, out, in]`` itself contiguous; Metal takes any.
+    """
+    if mx.default_device() == mx.cpu:
+        return mx.contiguous(_multipliable(array)).swapaxes(-1, -2)
+    return mx.contiguous(array.swapaxes(-1, -2))
+
+
+def _stacked(mlp: str, single: dict[str, dict[int, mx.array]], sizes: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+    """Stack a layer's separate experts, each a linear layer ``[out, in]``, to ``[E, out, in]``.
+
+    transformers 5.0 and 5.1 save such names too, but took ``[E, H, 2I]`` for ``[E, 2I, H]``: they cut the wrong axis in
+    two and turned nothing. Their "gate" is the upper half of an expert's ``gate_up [H, 2I]``, their "up" the lower,
+    each ``[H/2, 2I]``, and "down" is still ``[I, H]``. Nothing is lost: rejoined, it is the official layout again.
+    """
+    e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
+    arrays = {projection: [experts[n] for n in range(e)] for projection, experts in single.items()}
+    good = {"gate": (i, h), "up": (i, h), "down": (h, i)}
+    miscut = {"gate": (h // 2, 2 * i), "up": (h // 2, 2 * i), "down": (i, h)}
+    # One of the two shapes may coincide (H = 2I or H = I), never both.
+    kind = miscut if arrays["gate"][0].shape == miscut["gate"] and arrays["down"][0].shape == miscut["down"] else good
+    for projection, experts in arrays.items():
+        for n, array in enumerate(experts):
+            if array.shape != kind[projection]:
+                raise CheckpointError(
+                    f"{mlp}.experts.{n}.{projection}_proj.weight: expected the shape {list(kind[projection])}, found "
+                    f"{list(array.shape)}. Are hidden_size and moe_intermediate_size in config.json those of this "
+                    "checkpoint?"
+                )
+    if kind is good:
+        for projection, experts in arrays.items():
+            yield projection, mx.stack(experts)
+    else:
+        halves = zip(arrays["gate"], arrays["up"], strict=True)
+        gate_up = mx.stack([mx.concatenate(list(pair)) for pair in halves])
+        yield from _split(mlp, {"gate_up_proj": gate_up, "down_proj": mx.stack(arrays["down"])}, sizes)
+
+
+def settle_head(weights: Weights, args: ModelArgs, whole: bool = True) -> Weights:
+    """Give every model a head of its own name: the stored one, or the embeddings themselves, shared and not copied.
+
+    A head beside a config that ties it is a second copy, dropped with its scales and biases. A head beside a config
+    that contradicts itself is real (transformers 5 writes such configs). No head where the config is clear that there
+    is one is an error.
+    """
+    if args.tie_word_embeddings:
+        weights = {name: array for name, array in weights.items() if not name.startswith(_HEAD)}
+    embeddings = {name: array for name, array in weights.items() if name.startswith(f"{_DECODER}embed_tokens.")}
+    if not embeddings or any(name.startswith(_HEAD) for name in weights):
+        return weights
+    if args.tie_word_embeddings is None or args.tie_word_embeddings:
+        shared = {name.replace(f"{_DECODER}embed_tokens.", _HEAD): array for name, array in embeddings.items()}
+        return weights | shared
+    if whole:
+        raise CheckpointError(
+            "lm_head.weight: expected in a model with tie_word_embeddings false, found nothing. Is a file of the "
+            "checkpoint missing? If the head is the embedding matrix, set tie_word_embeddings to true in config.json."
+        )
+    return weights
+
+
+def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
+    """Every tensor belongs to a layer that the config describes, sparse or dense."""
+    layers, step, dense = sizes["num_hidden_layers"], sizes["decoder_sparse_step"], sizes["mlp_only_layers"]
+    for name in weights:
+        match = _TAKEN.fullmatch(name.removeprefix("language_model."))
+        expected = "a tensor of the host's qwen3_moe"
+        if match and match[1]:
+            n = int(match[1])
+            sparse = n not in dense and (n + 1) % step == 0
+            if n >= layers:
+                match, expected = None, f"layers 0 to {layers - 1} (num_hidden_layers)"
+            elif match[2] and not sparse:
+                match, expected = None, f"a dense MLP in layer {n} (mlp_only_layers, decoder_sparse_step)"
+            elif match[3] and sparse:
+                match, expected = None, f"experts in layer {n} (mlp_only_layers, decoder_sparse_step)"
+        if not match:
+            raise CheckpointError(
+                f"{name}: expected {expected}, found a tensor that belongs to nothing. Is config.json that of this "
+                "checkpoint?"
+            )
+
+
+def cast_experts(weights: Weights) -> Weights:
+    """Experts in a dtype that the backend multiplies, see `_multipliable`."""
+    return {name: _multipliable(array) if ".switch_mlp." in name else array for name, array in weights.items()}
+
+
+def _multipliable(array: mx.array) -> mx.array:
+    """MLX's CPU backend multiplies unquantized experts in float32 only (`GatherMM`), so there they are cast."""
+    if mx.default_device() != mx.cpu or array.dtype not in (mx.bfloat16, mx.float16):
+        return array
+    _announce_cast(array.dtype)
+    return array.astype(mx.float32)
+
+
+@functools.cache
+def _announce_cast(dtype: mx.Dtype) -> None:
+    logger.warning(
+        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s and take twice the "
+        "memory. Quantized experts (mlx_lm.convert -q) run as they are.",
+        str(dtype).rpartition(".")[2],
+    )
