@@ -1,0 +1,81 @@
+"""Environments to test the installed package in, and the checkpoints to test it with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+TINY = ROOT / "examples" / "tiny-qwen3-vl-moe"
+OURS = "mlx_lm_qwen3vlmoe.model"  # where a model class lives that this package serves
+
+# No test goes to a hub, and none sees the developer's own setting.
+CLEAN = {name: value for name, value in os.environ.items() if name not in ("MLX_LM_PLUGINS", "PYTHONPATH")}
+CLEAN |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def run(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end, with both outputs captured; a failure shows them."""
+    environment = CLEAN | options.pop("env", {})
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300, **options
+    )
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+class Environment:
+    """A virtual environment of its own with all that mlx-lm needs in it, and without this package until installed.
+
+    mlx, mlx-lm and the rest are links to the packages that these tests run with, so that an environment takes seconds.
+    """
+
+    def __init__(self, path: Path):
+        venv.create(path, symlinks=True)
+        self.bin = path / "bin"
+        self.python = self.bin / "python"
+        self.site = Path(run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+        shared = path / "shared"
+        shared.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if "qwen3vlmoe" not in entry.name and entry.suffix != ".pth" and not entry.name.startswith(("pip", "_")):
+                (shared / entry.name).symlink_to(entry)
+        (self.site / "shared.pth").write_text(f"{shared}\n")
+
+    def pip(self, *arguments: object) -> None:
+        run(sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--python", self.python, *arguments)
+
+    def run(self, code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+        return run(self.python, "-c", code, *arguments, **options)
+
+    def add_distribution(self, name: str, entry_points: str, modules: dict[str, str]) -> None:
+        """Install a made-up distribution: its metadata and its modules."""
+        info = self.site / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        for module, source in modules.items():
+            (self.site / f"{module}.py").write_text(source)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel as a release would build it."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def tiny_questions() -> list[dict[str, str]]:
+    """What the tiny model was trained to answer word for word."""
+    return json.loads((ROOT / "examples" / "tiny_questions.json").read_text())
