@@ -42,7 +42,9 @@ class Environment:
         venv.create(path, symlinks=True)
         self.bin = path / "bin"
         self.python = self.bin / "python"
-        self.site = Path(run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+        self.site = Path(
+            run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+        )
         shared = path / "shared"
         shared.mkdir()
         for entry in Path(sysconfig.get_path("purelib")).iterdir():

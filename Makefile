@@ -1,0 +1,36 @@
+# make demo and make test need python3 (3.11 or newer) and make; each creates .venv with all that it needs.
+PYTHON ?= python3
+# On Linux mlx needs a backend: EXTRA=cuda12 or EXTRA=cuda13 for CUDA. On macOS it brings Metal.
+EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
+MODEL := examples/tiny-qwen3-vl-moe
+QUESTION ?= What is this package?
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.stamp
+	@echo "\$$ mlx_lm.generate --model $(MODEL) --prompt \"$(QUESTION)\""
+	@$(BIN)/mlx_lm.generate --model $(MODEL) --prompt "$(QUESTION)" --temp 0 --max-tokens 64
+	@$(BIN)/python -c "from mlx_lm.models import qwen3_vl_moe as m; print('Served by', m.__name__, 'from', m.__file__)"
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/demo.stamp: EXTRAS = $(EXTRA)
+$(VENV)/test.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))test
+$(VENV)/dev.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))dev
+$(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: PYTHON=python3.12 make" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,293 @@
+"""Ordinary mlx_lm commands, as a user types them, on the tiny model; what they save then runs in the unchanged host."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import openai
+import pytest
+from conftest import CLEAN, ROOT, TINY, run
+
+BIN = Path(sys.executable).parent
+UNCHANGED = {"MLX_LM_PLUGINS": "0"}
+
+
+def mlx_lm(command: str, *arguments: object, **options) -> str:
+    done = run(BIN / f"mlx_lm.{command}", *arguments, **options)
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def answer(model: Path, question: str, *arguments: object, **options) -> str:
+    """What `mlx_lm.generate` says, without its frame and figures."""
+    output = mlx_lm(
+        "generate", "--model", model, "--prompt", question, "--temp", 0, "--max-tokens", 64, *arguments, **options
+    )
+    return output.split("==========")[1].strip()
+
+
+LOGITS = """
+import json, sys, mlx.core as mx
+from mlx_lm import load
+model, tokenizer = load(sys.argv[1], lazy=True)
+model.set_dtype(mx.float32, lambda dtype: mx.issubdtype(dtype, mx.floating) and not sys.argv[3:])
+ids = mx.array([tokenizer.encode("What is a mixture of experts?")])
+mx.save_safetensors(sys.argv[2], {"logits": model(ids).astype(mx.float32)})
+print(type(model).__module__)
+"""
+
+
+def logits(model: Path, tmp_path: Path, who: str, *arguments: str, **options) -> mx.array:
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+    assert run(sys.executable, "-c", LOGITS, model, out, *arguments, **options).stdout.strip().startswith(who)
+    return mx.load(str(out))["logits"]
+
+
+def assert_same_in_unchanged_host(model: Path, tmp_path: Path, *arguments: str) -> None:
+    ours = logits(model, tmp_path, "mlx_lm_qwen3vlmoe.", *arguments)
+    theirs = logits(model, tmp_path, "mlx_lm.models.", *arguments, env=UNCHANGED)
+    assert (mx.abs(ours - theirs).max() / mx.abs(ours).max()).item() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def question(tiny_questions):
+    return tiny_questions[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def quantized(work) -> dict[int, Path]:
+    """The tiny model converted to 4 and to 8 bits."""
+    paths = {bits: work / f"{bits}bit" for bits in (4, 8)}
+    for bits, path in paths.items():
+        mlx_lm("convert", "--hf-path", TINY, "--mlx-path", path, "-q", "--q-bits", bits)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def adapters(work, tiny_questions) -> Path:
+    """LoRA adapters trained on a made-up answer."""
+    data = work / "data"
+    data.mkdir()
+    chats = [
+        {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "A plug-in."}]},
+        *(
+            {"messages": [{"role": "user", "content": p["question"]}, {"role": "assistant", "content": p["answer"]}]}
+            for p in tiny_questions[:3]
+        ),
+    ]
+    for name in ("train", "valid"):
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    path = work / "adapters"
+    output = mlx_lm(
+        *("lora", "--train", "--model", TINY, "--data", data, "--adapter-path", path, "--batch-size", 4),
+        *("--iters", 40, "--learning-rate", 2e-3, "--num-layers", 4, "--val-batches", 1, "--steps-per-report", 10),
+    )
+    losses = [float(loss) for loss in re.findall(r"Train loss ([\d.]+)", output)]
+    assert losses[-1] < losses[0]
+    return path
+
+
+def test_every_answer_is_word_for_word_what_was_trained(tiny_questions):
+    """A wrong axis anywhere turns them to noise."""
+    code = (
+        "import json, sys; from mlx_lm import load, generate\n"
+        "model, tokenizer = load(sys.argv[1])\n"
+        "for pair in json.load(open(sys.argv[2])):\n"
+        "    chat = [{'role': 'user', 'content': pair['question']}]\n"
+        "    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)\n"
+        "    print(json.dumps(generate(model, tokenizer, prompt, max_tokens=64)))\n"
+    )
+    output = run(sys.executable, "-c", code, TINY, ROOT / "examples" / "tiny_questions.json").stdout
+    assert list(map(json.loads, output.splitlines())) == [pair["answer"] for pair in tiny_questions]
+
+
+def test_generate_answers_and_gives_one_notice_of_the_cast(question):
+    done = run(
+        *(BIN / "mlx_lm.generate", "--model", TINY, "--prompt", question["question"], "--temp", 0, "--max-tokens", 64),
+    )
+    assert question["answer"] in done.stdout
+    assert done.stderr.count("float32 only") == (1 if mx.default_device() == mx.cpu else 0)
+
+
+def test_chat_answers_two_questions_in_a_row(tiny_questions):
+    asked = tiny_questions[0], tiny_questions[3]
+    piped = "".join(f"{pair['question']}\n" for pair in asked) + "q\n"
+    output = mlx_lm("chat", "--model", TINY, "--temp", 0, "--max-tokens", 64, input=piped)
+    plain = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output).split())
+    for pair in asked:
+        assert " ".join(pair["answer"].split()) in plain
+
+
+@contextmanager
+def serving(model: Path, log: Path):
+    """An `mlx_lm.server` on a free port, as the base URL of its API."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [BIN / "mlx_lm.server", "--model", str(model), "--port", str(port), "--temp", "0", "--max-tokens", "64"],
+            env=CLEAN,
+            stdout=out,
+            stderr=out,
+        )
+        try:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def test_server_completes_streams_and_reuses_the_prompt_cache(tiny_questions, tmp_path):
+    first, second = tiny_questions[0], tiny_questions[5]
+    with serving(TINY, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
+        chat = [{"role": "user", "content": first["question"]}]
+        reply = client.chat.completions.create(model=str(TINY), messages=chat)
+        assert reply.choices[0].message.content == first["answer"]
+        assert reply.choices[0].finish_reason == "stop"
+
+        # The second request continues the first: its prompt begins with what the server has in its cache.
+        chat += [{"role": "assistant", "content": first["answer"]}, {"role": "user", "content": second["question"]}]
+        stream = client.chat.completions.create(
+            model=str(TINY), messages=chat, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == second["answer"]
+        assert len(chunks) > 5
+        usage = next(chunk.usage for chunk in chunks if chunk.usage)
+        assert usage.prompt_tokens_details.cached_tokens > 10
+
+        plain = f"<|im_start|>user\n{first['question']}<|im_end|>\n<|im_start|>assistant\n"
+        assert client.completions.create(model=str(TINY), prompt=plain).choices[0].text == first["answer"]
+
+
+def test_convert_to_float_and_load_in_the_unchanged_host(work, question):
+    path = work / "float"
+    mlx_lm("convert", "--hf-path", TINY, "--mlx-path", path)
+    stored = mx.load(str(path / "model.safetensors"))
+    assert {array.dtype for array in stored.values()} == {mx.bfloat16}  # not the float32 that this CPU computes in
+    assert not any("visual" in name for name in stored)
+    assert answer(path, question["question"]) == question["answer"]
+    assert_same_in_unchanged_host(path, work)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_convert_quantized_and_load_in_the_unchanged_host(quantized, work, question, bits):
+    path = quantized[bits]
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization"]["bits"] == bits
+    assert config["quantization"]["language_model.model.layers.0.mlp.gate"]["bits"] == 8  # the router
+    assert answer(path, question["question"]) == question["answer"]
+    assert answer(path, question["question"], env=UNCHANGED) == question["answer"]
+    assert_same_in_unchanged_host(path, work, "as stored")
+
+
+def test_dequantize_and_load_in_the_unchanged_host(quantized, work, question):
+    path = work / "dequantized"
+    mlx_lm("convert", "--hf-path", quantized[8], "--mlx-path", path, "--dequantize")
+    assert "quantization" not in json.loads((path / "config.json").read_text())
+    assert answer(path, question["question"]) == question["answer"]
+    assert_same_in_unchanged_host(path, work)
+
+
+def test_lora_trains_fuses_and_generates(adapters, work):
+    assert answer(TINY, "Say it.", "--adapter-path", adapters) == "A plug-in."
+    fused = work / "fused"
+    mlx_lm("fuse", "--model", TINY, "--adapter-path", adapters, "--save-path", fused)
+    assert answer(fused, "Say it.") == "A plug-in."
+    assert_same_in_unchanged_host(fused, work)
+
+
+def test_lora_trains_on_a_quantized_base(quantized, adapters, work):
+    path = work / "adapters-4bit"
+    output = mlx_lm(
+        *("lora", "--train", "--model", quantized[4], "--data", work / "data", "--adapter-path", path),
+        *("--batch-size", 4, "--iters", 40, "--learning-rate", 2e-3, "--num-layers", 4, "--val-batches", 1),
+    )
+    assert "Saved final weights" in output
+    fused = work / "fused-4bit"
+    mlx_lm("fuse", "--model", quantized[4], "--adapter-path", path, "--save-path", fused)
+    assert answer(fused, "Say it.") == "A plug-in."
+    assert_same_in_unchanged_host(fused, work, "as stored")
+
+
+def test_a_prompt_cache_is_saved_and_used(work, tiny_questions):
+    first, second = tiny_questions[0], tiny_questions[2]
+    cache = work / "prompt.safetensors"
+    mlx_lm("cache_prompt", "--model", TINY, "--prompt", first["question"], "--prompt-cache-file", cache)
+    assert cache.stat().st_size > 1000
+    assert answer(TINY, second["question"], "--prompt-cache-file", cache) == second["answer"]
+
+
+def test_benchmark_runs():
+    output = mlx_lm("benchmark", "--model", TINY, "-p", 32, "-g", 8, "-n", 2)
+    assert re.search(r"Averages: prompt_tps=[\d.]+, generation_tps=[\d.]+", output)
+
+
+def test_perplexity_of_what_the_model_knows_is_near_one(work, tiny_questions):
+    """On a local data set: the trained chats, in any order."""
+    data = work / "texts"
+    data.mkdir()
+    random.seed(0)
+    lines = [
+        json.dumps(
+            {"messages": [{"role": "user", "content": p["question"]}, {"role": "assistant", "content": p["answer"]}]}
+        )
+        for p in tiny_questions
+    ]
+    (data / "train.jsonl").write_text("\n".join(lines))
+    output = mlx_lm(
+        *("perplexity", "--model", TINY, "--data-path", data, "--sequence-length", 40, "--num-samples", 8),
+        *("--batch-size", 4),
+    )
+    assert float(re.search(r"Perplexity: ([\d.]+)", output)[1]) < 3
+
+
+def test_the_tiny_checkpoint_is_what_it_says():
+    """The official layout and field set, a vision tower to drop, at most 3 MB in all."""
+    weights = mx.load(str(TINY / "model.safetensors"))
+    config = json.loads((TINY / "config.json").read_text())
+    text = config["text_config"]
+    e, h, i = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
+    assert weights["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (e, h, 2 * i)
+    assert any(name.startswith("model.visual.") for name in weights)
+    assert "tie_word_embeddings" in config
+    assert "tie_word_embeddings" not in text
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 3_000_000
+
+
+def test_the_demo_shows_question_answer_and_who_served(question, tmp_path):
+    """`make demo` in a copy of the project that borrows this environment."""
+    shutil.copytree(TINY, tmp_path / "examples" / TINY.name)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(BIN)
+    time.sleep(0.01)
+    (tmp_path / ".venv" / "demo.stamp").touch()
+    output = run("make", "demo", cwd=tmp_path).stdout
+    assert question["question"] in output
+    assert question["answer"] in output
+    assert "Served by mlx_lm_qwen3vlmoe.model from" in output

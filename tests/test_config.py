@@ -1,0 +1,209 @@
+"""Configs of every writer become what the host's qwen3_moe takes, in place."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import sys
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES
+from mlx_lm.models import qwen3_moe
+
+from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
+from mlx_lm_qwen3vlmoe.config import normalize
+
+# The official 30B config as published: tie_word_embeddings at the top level only.
+OFFICIAL = {
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen3_vl_moe",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "dtype": "bfloat16",
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "use_cache": True,
+        "vocab_size": 151936,
+    },
+    "tie_word_embeddings": False,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 151656,
+    "vision_config": {"depth": 27},
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+NEWER_ROPE = {
+    "mrope_interleaved": True,
+    "mrope_section": [24, 20, 20],
+    "rope_theta": 5000000,
+    "rope_type": "default",
+}
+
+
+def official(**text) -> dict:
+    """The official config with some text fields changed; ``...`` takes a field away."""
+    config = copy.deepcopy(OFFICIAL)
+    config["text_config"] |= text
+    config["text_config"] = {name: value for name, value in config["text_config"].items() if value is not ...}
+    return config
+
+
+def test_the_official_config_loads_as_published():
+    args = ModelArgs.from_dict(official())
+    model = Model(args)
+    assert len(model.layers) == 48
+    assert model.model_type == "qwen3_vl_moe"
+    assert args.tie_word_embeddings is False
+
+
+def test_the_live_config_becomes_what_the_unchanged_host_takes():
+    config = official(
+        rope_theta=..., rope_scaling=..., rope_parameters=NEWER_ROPE, num_experts=..., num_local_experts=128
+    )
+    ModelArgs.from_dict(config)
+    required = [
+        name
+        for name, parameter in inspect.signature(qwen3_moe.ModelArgs).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    ]
+    assert set(required) <= config["text_config"].keys()
+    assert config["text_config"]["num_experts"] == 128
+    assert config["text_config"]["rope_theta"] == 5000000
+    assert "rope_parameters" not in config["text_config"]
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/config.json")))
+def test_normalizing_twice_changes_nothing(name):
+    config = json.loads((FIXTURES / name / "config.json").read_text())
+    normalize(config)
+    once = copy.deepcopy(config)
+    normalize(config)
+    assert config == once
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "theta"),
+    [
+        ({}, "4.57.6", 5000000),
+        ({"rope_theta": ...}, "4.57.6", 5000000),
+        ({"rope_theta": ...}, "5.10.2", 500000),
+        ({"rope_theta": ..., "rope_parameters": {"rope_theta": 7, "rope_type": "default"}}, "5.10.2", 7),
+    ],
+)
+def test_a_missing_rope_theta_is_the_writers_default(changes, version, theta):
+    text = normalize(official(**changes) | {"transformers_version": version})
+    assert text["rope_theta"] == theta
+
+
+def test_a_stray_rope_at_the_top_level_is_not_believed():
+    """GPTQModel writes one, with a theta of 10000."""
+    text = normalize(official() | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}})
+    assert text["rope_theta"] == 5000000
+
+
+def test_text_fields_at_the_top_level_are_gathered():
+    nested = official()
+    flat = {name: value for name, value in nested.items() if name != "text_config"} | nested["text_config"]
+    flat["model_type"] = "qwen3_vl_moe"
+    text = normalize(flat)
+    expected = normalize(nested)
+    assert {name: text[name] for name in inspect.signature(qwen3_moe.ModelArgs).parameters} == {
+        name: expected[name] for name in inspect.signature(qwen3_moe.ModelArgs).parameters
+    }
+    assert "hidden_size" not in flat
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": ...}, r"num_experts: expected a positive integer, found nothing"),
+        ({"hidden_size": "2048"}, r"hidden_size: expected a positive integer, found 2048"),
+        ({"vocab_size": -1}, r"vocab_size: expected a positive integer, found -1"),
+        ({"num_local_experts": 64}, r"num_experts: expected the same as num_local_experts \(64\), found 128"),
+        ({"num_experts_per_tok": 129}, r"num_experts_per_tok: expected at most num_experts"),
+        ({"num_key_value_heads": 5}, r"num_key_value_heads: expected a divisor of 32"),
+        ({"attention_bias": True}, r"attention_bias: expected false"),
+        ({"hidden_act": "gelu"}, r"hidden_act: expected 'silu'"),
+        ({"mlp_only_layers": 3}, r"mlp_only_layers: expected a list of integers, found 3"),
+        ({"rms_norm_eps": "small"}, r"rms_norm_eps: expected a positive number, found small"),
+        ({"rope_theta": "big"}, r"rope_theta: expected a positive number, found big"),
+        ({"rope_parameters": {"rope_theta": 1}}, r"rope_theta: expected one value"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, r"rope_type: expected 'default' or 'yarn', found longrope"),
+        ({"rope_scaling": {"type": "dynamic"}}, r"rope_type: expected 'default' or 'yarn', found dynamic"),
+        ({"rope_scaling": [1]}, r"rope_scaling: expected an object"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"factor of YaRN: expected a positive number, found nothing"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: expected 1\.0, found 0\.5"),
+    ],
+)
+def test_a_field_that_is_missing_or_of_no_use_is_named(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        ModelArgs.from_dict(official(**changes))
+
+
+@pytest.mark.parametrize("text", [None, 3, []])
+def test_a_config_without_a_language_model_is_refused(text):
+    with pytest.raises(CheckpointError, match="text_config"):
+        ModelArgs.from_dict({"model_type": "qwen3_vl_moe", "text_config": text})
+
+
+def yarn(**fields) -> dict:
+    return {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64} | fields
+
+
+def tiny(rope_scaling: dict) -> Model:
+    config = json.loads((FIXTURES / "official" / "config.json").read_text())
+    config["text_config"] |= {"rope_scaling": rope_scaling, "max_position_embeddings": 192}
+    return Model(ModelArgs.from_dict(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({}, 0.1 * math.log(3.0) + 1),
+        ({"attention_factor": 1.25}, 1.25),
+        ({"mscale": 2.0}, 0.1 * math.log(3.0) + 1),  # one of the pair alone has no effect
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, (0.2 * math.log(3.0) + 1) / (0.1 * math.log(3.0) + 1)),
+        ({"beta_fast": None, "attention_factor": None}, 0.1 * math.log(3.0) + 1),
+    ],
+)
+def test_yarn_scales_attention_as_transformers_does(fields, scale):
+    rope = tiny(yarn(**fields)).layers[0].self_attn.rope
+    assert rope.mscale == pytest.approx(scale)
+
+
+def test_yarn_without_an_original_length_takes_the_context_length_as_transformers_does():
+    given = tiny(yarn(original_max_position_embeddings=192)).layers[0].self_attn.rope
+    missing = yarn()
+    del missing["original_max_position_embeddings"]
+    assert mx.array_equal(tiny(missing).layers[0].self_attn.rope._freqs, given._freqs)
+
+
+def test_importing_the_package_imports_neither_mlx_nor_the_host():
+    from conftest import run
+
+    code = "import sys, mlx_lm_qwen3vlmoe as p; dir(p); p.install(); print({'mlx', 'mlx_lm'} & set(sys.modules))"
+    assert run(sys.executable, "-c", code).stdout.strip() == "set()"

@@ -1,0 +1,335 @@
+"""Facts about the reshaping itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_config
+
+from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
+from mlx_lm_qwen3vlmoe.sanitize import sanitize
+
+E, H, I, L = 3, 6, 5, 2  # noqa: E741 - experts, hidden, expert width, layers: no two axes alike
+ATTENTION = {
+    "self_attn.q_proj.weight": (8, H),
+    "self_attn.k_proj.weight": (4, H),
+    "self_attn.v_proj.weight": (4, H),
+    "self_attn.o_proj.weight": (H, 8),
+    "self_attn.q_norm.weight": (4,),
+    "self_attn.k_norm.weight": (4,),
+    "input_layernorm.weight": (H,),
+    "post_attention_layernorm.weight": (H,),
+    "mlp.gate.weight": (E, H),
+}
+
+
+def config(**changes) -> dict:
+    text = {
+        "hidden_size": H,
+        "num_hidden_layers": L,
+        "intermediate_size": 7,
+        "moe_intermediate_size": I,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "num_experts": E,
+        "num_experts_per_tok": 2,
+        "vocab_size": 11,
+        "rope_theta": 5000000,
+    }
+    return {"model_type": "qwen3_vl_moe", "tie_word_embeddings": False, "text_config": text | changes}
+
+
+def args(**changes) -> ModelArgs:
+    return ModelArgs.from_dict(config(**changes))
+
+
+def experts(layer: int) -> tuple[mx.array, mx.array]:
+    """A layer's experts as the official release stores them."""
+    mx.random.seed(layer)
+    return mx.random.normal((E, H, 2 * I)), mx.random.normal((E, I, H))
+
+
+def official(prefix: str = "model.language_model.") -> dict[str, mx.array]:
+    weights = {
+        "model.visual.patch_embed.proj.weight": mx.ones((2, 2)),
+        f"{prefix}embed_tokens.weight": mx.ones((11, H)),
+        f"{prefix}norm.weight": mx.ones((H,)),
+        "lm_head.weight": mx.ones((11, H)),
+    }
+    for layer in range(L):
+        for name, shape in ATTENTION.items():
+            weights[f"{prefix}layers.{layer}.{name}"] = mx.ones(shape)
+        gate_up, down = experts(layer)
+        weights[f"{prefix}layers.{layer}.mlp.experts.gate_up_proj"] = gate_up
+        weights[f"{prefix}layers.{layer}.mlp.experts.down_proj"] = down
+    return weights
+
+
+def per_expert(projection_first: bool = False, **extra) -> dict[str, mx.array]:
+    weights = {name: array for name, array in official().items() if ".experts." not in name}
+    for layer in range(L):
+        gate_up, down = experts(layer)
+        for e in range(E):
+            for name, array in (("gate", gate_up[e, :, :I].T), ("up", gate_up[e, :, I:].T), ("down", down[e].T)):
+                key = f"{name}_proj.{e}" if projection_first else f"{e}.{name}_proj"
+                weights[f"model.language_model.layers.{layer}.mlp.experts.{key}.weight"] = array
+    return weights | extra
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+def test_the_result_is_exactly_the_models_parameters():
+    model = Model(args())
+    found = {name: array.shape for name, array in model.sanitize(official()).items()}
+    assert found == {name: array.shape for name, array in tree_flatten(model.parameters())}
+
+
+def test_gate_up_is_cut_in_halves_and_turned():
+    """Written out with loops, so that a swapped half or axis shows."""
+    found = sanitize(official(), args())
+    gate_up, down = (array.tolist() for array in experts(1))
+    mlp = "language_model.model.layers.1.mlp.switch_mlp"
+    gate, up, turned = (found[f"{mlp}.{p}_proj.weight"].tolist() for p in ("gate", "up", "down"))
+    for e in range(E):
+        for h in range(H):
+            for i in range(I):
+                assert gate[e][i][h] == gate_up[e][h][i]
+                assert up[e][i][h] == gate_up[e][h][I + i]
+                assert turned[e][h][i] == down[e][i][h]
+
+
+def test_every_layout_of_the_same_experts_gives_the_same_result():
+    expected = sanitize(official(), args())
+    newer = {n: a.swapaxes(-1, -2) if ".experts." in n else a for n, a in official().items()}
+    broken = {name: array for name, array in official().items() if ".experts." not in name}
+    for layer in range(L):
+        gate_up, down = experts(layer)
+        for e in range(E):
+            key = f"model.language_model.layers.{layer}.mlp.experts.{e}"
+            broken[f"{key}.gate_proj.weight"] = gate_up[e, : H // 2]
+            broken[f"{key}.up_proj.weight"] = gate_up[e, H // 2 :]
+            broken[f"{key}.down_proj.weight"] = down[e]
+    for weights in (newer, broken, per_expert(), per_expert(projection_first=True), expected):
+        assert same(sanitize(weights, args()), expected)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.", "language_model.", ""])
+def test_every_prefix_gives_the_same_result(prefix):
+    assert same(sanitize(official(prefix), args()), sanitize(official(), args()))
+
+
+def test_layers_of_different_layouts_may_be_mixed():
+    mixed = official()
+    for name in [name for name in mixed if "layers.1.mlp.experts" in name]:
+        del mixed[name]
+    mixed |= {name: array for name, array in per_expert().items() if "layers.1.mlp.experts" in name}
+    assert same(sanitize(mixed, args()), sanitize(official(), args()))
+
+
+def test_nothing_is_evaluated():
+    """An array that cannot be evaluated goes all the way through."""
+    poisoned = {name: mx.zeros(array.shape) + unevaluable() for name, array in official().items()}
+    found = sanitize(poisoned, args())
+    with pytest.raises(RuntimeError, match="Currently only supports float32"):
+        mx.eval(found)
+
+
+def unevaluable() -> mx.array:
+    """A lazy scalar whose evaluation raises on this backend."""
+    x = mx.ones((1, 1, 1), mx.bfloat16)
+    return mx.gather_mm(x, x, rhs_indices=mx.zeros((1,), mx.uint32))[0, 0, 0].astype(mx.float32)
+
+
+def test_sanitizing_twice_changes_nothing():
+    once = sanitize(official(), args())
+    assert same(sanitize(once, args()), once)
+
+
+def test_the_input_is_left_as_it_is():
+    weights = official()
+    names = list(weights)
+    sanitize(weights, args())
+    assert list(weights) == names
+
+
+def test_nothing_gives_nothing():
+    assert sanitize({}, args()) == {}
+    assert Model(args()).sanitize({}) == {}
+
+
+def test_part_of_the_layers_is_enough():
+    part = {name: array for name, array in official().items() if "layers.0." in name}
+    whole = sanitize(official(), args())
+    assert same(sanitize(part, args()), {name: array for name, array in whole.items() if "layers.0." in name})
+
+
+@pytest.mark.parametrize("source", [official, per_expert])
+def test_a_file_that_ends_in_the_middle_of_a_layer_is_enough_for_a_pipeline_stage(source):
+    part = {name: array for name, array in source().items() if "layers.0." in name}
+    part.pop(next(name for name in part if "experts" in name))
+    assert [name for name in sanitize(part, args()) if "switch_mlp" in name] == []
+
+
+def test_dense_layers_among_sparse_ones():
+    weights = {name: array for name, array in official().items() if "layers.0.mlp" not in name}
+    dense = {"gate": (7, H), "up": (7, H), "down": (H, 7)}
+    for name, shape in dense.items():
+        weights[f"model.language_model.layers.0.mlp.{name}_proj.weight"] = mx.ones(shape)
+    found = sanitize(weights, args(mlp_only_layers=[0]))
+    assert found["language_model.model.layers.0.mlp.down_proj.weight"].shape == (H, 7)
+    assert "language_model.model.layers.1.mlp.switch_mlp.down_proj.weight" in found
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj.*expected experts in layer 0"):
+        sanitize(weights, args())
+    with pytest.raises(CheckpointError, match=r"expected a dense MLP in layer 1"):
+        sanitize(weights, args(mlp_only_layers=[0, 1]))
+
+
+def test_vision_and_meaningless_tensors_are_dropped_by_name():
+    extra = {
+        "visual.blocks.0.attn.qkv.weight": mx.ones(1),
+        "vision_tower.merger.norm.weight": mx.ones(1),
+        "model.language_model.rotary_emb.inv_freq": mx.ones(1),
+        "model.language_model.layers.0.mlp.gate.bias": mx.ones(1),
+    }
+    assert same(sanitize(official() | extra, args()), sanitize(official(), args()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"audio_tower.proj.weight": mx.ones(1)}, r"^audio_tower\.proj\.weight: expected a tensor of a Qwen3-VL-MoE"),
+        ({"model.language_model.layers.0.mlp.router.weight": mx.ones(1)}, r"layers\.0\.mlp\.router\.weight: expected"),
+        ({"model.language_model.layers.2.mlp.gate.weight": mx.ones(1)}, r"layers\.2\.mlp.*expected layers 0 to 1"),
+        ({"model.language_model.layers.0.mlp.experts.bias": mx.ones(1)}, r"layers\.0\.mlp\.experts\.bias: expected"),
+        ({"visual_extra.weight": mx.ones(1)}, r"^visual_extra\.weight"),
+        ({"language_model.lm_head.weight": mx.ones(1)}, r"language_model\.lm_head\.weight.*found two"),
+        ({"model.language_model.layers.0.mlp.experts.gate_up_proj": None}, r"gate_up_proj: expected with the other"),
+        ({"lm_head.weight": None}, r"^lm_head\.weight: expected .* found nothing"),
+        (
+            {"model.language_model.layers.0.mlp.experts.down_proj": mx.ones((E, I, H + 1))},
+            r"layers\.0\.mlp\.experts\.down_proj: expected the shape \[3, 5, 6\] or \[3, 6, 5\], found \[3, 5, 7\]",
+        ),
+        (
+            {"model.language_model.layers.0.mlp.experts.0.up_proj.weight": mx.ones((I, H))},
+            r"layers\.0\.mlp: expected its experts in one layout, found two",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_is_one_error_that_names_the_tensor(change, message):
+    weights = {name: array for name, array in (official() | change).items() if array is not None}
+    with pytest.raises(CheckpointError, match=message):
+        sanitize(weights, args())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"1.up_proj": None}, r"layers\.1\.mlp\.experts\.1\.up_proj\.weight: expected with the other experts"),
+        ({"3.up_proj": (I, H)}, r"experts\.3\.up_proj\.weight: expected experts 0 to 2"),
+        ({"2.up_proj": (I, H + 1)}, r"experts\.2\.up_proj\.weight: expected the shape \[5, 6\], found \[5, 7\]"),
+        ({"2.up_proj": (H, I)}, r"experts\.2\.up_proj\.weight: expected the shape \[5, 6\], found \[6, 5\]"),
+        ({"up_proj.2": (I, H)}, r"expected one tensor for this expert"),
+    ],
+)
+def test_a_broken_expert_is_one_error_that_names_it(change, message):
+    ((key, shape),) = change.items()
+    name = f"model.language_model.layers.1.mlp.experts.{key}.weight"
+    weights = per_expert()
+    weights.pop(name, None)
+    if shape:
+        weights[name] = mx.ones(shape)
+    with pytest.raises(CheckpointError, match=message):
+        sanitize(weights, args())
+
+
+@pytest.mark.parametrize(
+    ("top", "nested", "head", "outcome"),
+    [
+        (None, None, True, "own"),
+        (None, None, False, "shared"),
+        (False, None, True, "own"),
+        (False, None, False, "error"),
+        (None, False, False, "error"),
+        (False, True, True, "own"),  # transformers 5 writes this beside a real head
+        (False, True, False, "shared"),  # transformers 4.57 ties by text_config
+        (None, True, True, "own"),
+        (None, True, False, "shared"),
+        (True, None, True, "shared"),  # a second copy of the embeddings
+        (True, True, True, "shared"),
+        (True, True, False, "shared"),
+        (True, False, True, "own"),
+        (True, False, False, "shared"),
+    ],
+)
+def test_the_head_is_what_the_tensors_and_the_config_say(top, nested, head, outcome):
+    weights, settings = official(), config()
+    if not head:
+        del weights["lm_head.weight"]
+    settings |= {"tie_word_embeddings": top}
+    settings["text_config"] |= {"tie_word_embeddings": nested}
+    model = Model(ModelArgs.from_dict(settings))
+    if outcome == "error":
+        with pytest.raises(CheckpointError, match=r"^lm_head\.weight: expected"):
+            model.sanitize(weights)
+        return
+    found = model.sanitize(weights)
+    embeddings = found["language_model.model.embed_tokens.weight"]
+    assert (found["language_model.lm_head.weight"] is embeddings) == (outcome == "shared")
+    model.load_weights(list(found.items()), strict=True)
+
+
+def test_a_quantized_head_of_a_tied_model_is_dropped_as_a_whole():
+    weights = official() | {f"lm_head.{suffix}": mx.ones(1) for suffix in ("weight", "scales", "biases")}
+    tied = config() | {"tie_word_embeddings": True}
+    found = sanitize(weights, ModelArgs.from_dict(tied))
+    assert [name for name in found if "lm_head" in name] == ["language_model.lm_head.weight"]
+
+
+def test_on_the_cpu_half_precision_experts_are_cast_with_one_notice(caplog):
+    from mlx_lm_qwen3vlmoe import sanitize as module
+
+    module._announce_cast.cache_clear()
+    halves = {name: array.astype(mx.bfloat16) for name, array in official().items()}
+    with caplog.at_level(logging.WARNING):
+        found = sanitize(halves, args())
+    assert {array.dtype for name, array in found.items() if "switch_mlp" in name} == {mx.float32}
+    assert {array.dtype for name, array in found.items() if "switch_mlp" not in name} == {mx.bfloat16}
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "On the CPU, MLX multiplies unquantized experts in float32 only"
+    ]
+
+
+def test_time_grows_linearly_with_the_number_of_tensors():
+    def seconds(layers: int, number: int = 64) -> float:
+        weights = {
+            f"model.language_model.layers.{n}.mlp.experts.{e}.{p}_proj.weight": mx.zeros(
+                (I, H) if p != "down" else (H, I)
+            )
+            for n in range(layers)
+            for e in range(number)
+            for p in ("gate", "up", "down")
+        }
+        sizes = args(num_hidden_layers=layers, num_experts=number)
+        begin = time.perf_counter()
+        sanitize(weights, sizes)
+        return time.perf_counter() - begin
+
+    small = min(seconds(8) for _ in range(5))
+    large = min(seconds(32) for _ in range(3))
+    assert large < 4 * small * 1.8
+
+
+def test_the_real_official_fixture_needs_every_step():
+    """The tests above use made-up arrays: the same names and shapes come out of a file that transformers wrote."""
+    path = FIXTURES / "official"
+    model = Model(ModelArgs.from_dict(load_config(path)))
+    found = model.sanitize(mx.load(str(path / "model.safetensors")))
+    assert {n: a.shape for n, a in found.items()} == {n: a.shape for n, a in tree_flatten(model.parameters())}
