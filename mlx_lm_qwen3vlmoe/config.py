@@ -87,6 +87,10 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
         )
     if text["num_experts_per_tok"] > text["num_experts"]:
         raise _error("num_experts_per_tok", f"at most num_experts ({text['num_experts']})", text["num_experts_per_tok"])
+    dense = text["mlp_only_layers"]
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise _error("mlp_only_layers", "a list of integers", dense)
+    _positive_number("rms_norm_eps", text["rms_norm_eps"])
     if text["attention_bias"]:
         raise _error("attention_bias", "false, as the host's qwen3_moe has no bias", text["attention_bias"])
     if text["hidden_act"] not in ("silu", "swish"):
@@ -141,7 +145,7 @@ def _normalize_rope(text: dict[str, Any], version: str) -> None:
     """
     scaling: dict[str, Any] = {}
     thetas = [text["rope_theta"]] if text.get("rope_theta") is not None else []
-    for field in ("rope_scaling", "rope_parameters"):  # the newer one goes last and wins
+    for field in ("rope_parameters", "rope_scaling"):  # beside each other, transformers 4 and 5 take the latter
         value = text.pop(field, None)
         if value is None:
             continue
@@ -154,10 +158,10 @@ def _normalize_rope(text: dict[str, Any], version: str) -> None:
     if not thetas and not version:
         raise _error("rope_theta", "a number (official models: 5000000)", "nothing")
     thetas = thetas or [500000 if int(version.split(".")[0]) >= 5 else 5000000]
-    if len(set(map(str, thetas))) > 1 and len({float(theta) for theta in thetas}) > 1:
+    for theta in thetas:
+        _positive_number("rope_theta", theta)
+    if len(set(thetas)) > 1:
         raise _error("rope_theta", "one value", f"{thetas} in different fields")
-    if isinstance(thetas[-1], bool) or not isinstance(thetas[-1], (int, float)) or not thetas[-1] > 0:
-        raise _error("rope_theta", "a positive number", thetas[-1])
     text["rope_theta"] = thetas[-1]
 
     older = scaling.pop("type", "default")
@@ -172,8 +176,7 @@ def _normalize_rope(text: dict[str, Any], version: str) -> None:
     if rope_type == "yarn":
         scaling.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
         for field in ("factor", "original_max_position_embeddings"):
-            if isinstance(scaling.get(field), bool) or not isinstance(scaling.get(field), (int, float)):
-                raise _error(f"{field} of YaRN", "a number", scaling.get(field, "nothing"))
+            _positive_number(f"{field} of YaRN", scaling.get(field))
         if scaling.pop("truncate", True) is not True:
             raise _error("truncate of YaRN", "true, as in the host's YaRN", False)
         # transformers uses the pair or neither; the host would fill in the other.
@@ -181,6 +184,11 @@ def _normalize_rope(text: dict[str, Any], version: str) -> None:
             scaling.pop("mscale", None)
             scaling.pop("mscale_all_dim", None)
     text["rope_scaling"] = {**scaling, "rope_type": rope_type}
+
+
+def _positive_number(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise _error(field, "a positive number", "nothing" if value is None else value)
 
 
 def _error(field: str, expected: str, found: object) -> CheckpointError:
