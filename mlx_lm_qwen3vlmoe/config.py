@@ -124,6 +124,36 @@ def tied(config: dict[str, Any]) -> bool | None:
     return False
 
 
+def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Take another tool's ``quantization_config`` out of a config, from wherever it stands; None if there is none.
+
+    Without it, the host leaves alone what is decoded here. MLX's own description, which names no method, stays.
+    """
+    homes = [config, text] if isinstance(text := config.get("text_config"), dict) else [config]
+    found = None
+    for home in homes:
+        for field in ("quantization_config", "compression_config"):
+            value = home.get(field)
+            if isinstance(value, dict) and not ("quant_method" in value or "quantization" in value):
+                config.setdefault("quantization", value)
+            elif value is not None and "quantization" not in config:
+                found = found or value
+                del home[field]
+    return found
+
+
+def record_quantization(config: dict[str, Any], packed: dict[str, dict[str, Any]]) -> None:
+    """Describe packed layers in MLX's way: the commonest parameters for all, and an entry a path for the others.
+
+    Args:
+        packed: path of a layer → ``group_size``, ``bits`` and, unless it is affine, ``mode``.
+    """
+    every = list(packed.values())
+    common = max(every, key=every.count) if len(every) < 1000 else every[0]
+    config["quantization"] = {name: value for name, value in common.items() if name != "global_scale"}
+    config["quantization"] |= {path: parameters for path, parameters in packed.items() if parameters != common}
+
+
 def _nested(config: dict[str, Any]) -> dict[str, Any]:
     """``config["text_config"]``, gathered from the top level where a writer lost the nesting."""
     text = config.get("text_config")

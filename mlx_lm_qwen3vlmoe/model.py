@@ -9,16 +9,19 @@ converted or fine-tuned with one loads in the other.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_moe
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 
 from . import config
+from .quantization import describe
 from .sanitize import sanitize
 
 
@@ -30,11 +33,15 @@ class ModelArgs(BaseModelArgs):
         model_type: ``qwen3_vl_moe``.
         text_config: the language model's fields as the host's ``qwen3_moe.ModelArgs`` takes them, and others.
         tie_word_embeddings: whether the head is the embedding matrix; None where only the tensors can tell.
+        quantization_config: how another tool quantized the checkpoint, in its own terms.
+        config: the live config, in which the host looks for ``quantization`` after ``sanitize``.
     """
 
     model_type: str
     text_config: dict[str, Any]
     tie_word_embeddings: bool | None = None
+    quantization_config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         config.normalize({"text_config": self.text_config})
@@ -43,7 +50,15 @@ class ModelArgs(BaseModelArgs):
     def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tied = config.tied(params)
-        return cls(params.get("model_type", "qwen3_vl_moe"), config.normalize(params), tied)
+        text_config = config.normalize(params)
+        foreign = config.take_quantization(params)
+        return cls(
+            params.get("model_type", "qwen3_vl_moe"),
+            text_config,
+            tied,
+            describe(foreign) if foreign is not None else {},
+            params,
+        )
 
 
 class Model(nn.Module):
@@ -94,6 +109,16 @@ class Model(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The decoder layers of this process: all of them, or one stage of a pipeline."""
         return self.language_model.layers
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """What `mlx_lm.convert` may cast to the checkpoint's dtype: all but exact zero points, which are in float32."""
+        exact = {
+            path
+            for path, array in dict(tree_flatten(self.parameters())).items()
+            if path.endswith((".scales", ".biases")) and array.dtype == mx.float32
+        }
+        return lambda path: path not in exact
 
     @property
     def quant_predicate(self) -> Any:

@@ -19,22 +19,30 @@ than memory can be converted, or read in part by one machine of many.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+from mlx_lm.models.switch_layers import SwitchLinear
 
+from . import quantization
+from .config import record_quantization
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from .model import ModelArgs
 
 Weights = dict[str, mx.array]
+Packed = dict[str, quantization.Parameters]  # path of a layer that stays packed → its parameters
+Part = tuple[str, Weights, quantization.Parameters | None]  # of a SwitchGLU: projection, tensors, parameters if packed
 logger = logging.getLogger(__name__)
 
-_DECODER, _HEAD = "language_model.model.", "language_model.lm_head."
+_DECODER = "language_model.model."
+_EMBEDDINGS = f"{_DECODER}embed_tokens."
+_HEAD = "language_model.lm_head."
 # What stands before the name of a text tensor: transformers ≥ 4.57, MLX and older transformers, a bare language model.
 _TEXT = re.compile(
     r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?"
@@ -44,8 +52,12 @@ _VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
 # Rotary frequencies are computed, and the router has no bias: some exports invent one.
 _MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
 _LAYER = re.compile(re.escape(_DECODER) + r"layers\.(\d+)\.")
-_FUSED = re.compile(r"(.+\.mlp)\.experts\.(gate_up_proj|down_proj)")
-_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(?:(\d+)\.(gate|up|down)_proj|(gate|up|down)_proj\.(\d+))\.weight")
+_FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))((?:_scale_inv|_scale)?)")
+_EXPERT = re.compile(
+    r"(.+\.mlp)\.experts\.(?:(\d+)\.(gate|up|down)_proj|(gate|up|down)_proj\.(\d+))"
+    r"\.(weight|scales|biases|global_scale)"
+)
+_SWITCH_WEIGHT = re.compile(r"\.switch_mlp\.\w+\.weight$")
 _TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what only a dense one has
     r"(?:lm_head|model\.embed_tokens|model\.norm|model\.layers\.(\d+)\."
     r"(?:input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\."
@@ -54,9 +66,10 @@ _TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what
 
 
 def sanitize(weights: Weights, args: ModelArgs) -> Weights:
-    """Rename, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
+    """Rename, decode, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
 
-    Lazy and idempotent. Takes any part of a checkpoint, ``{}`` too; a whole one must be complete.
+    Lazy and idempotent. Takes any part of a checkpoint, ``{}`` too; a whole one must be complete. Layers that stay
+    packed are described under ``quantization`` in the live config, where the host looks next.
 
     Args:
         weights: names as any writer gives them → arrays; left as it is.
@@ -68,9 +81,12 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     weights = rename(weights)
     present = {int(match[1]) for match in map(_LAYER.match, weights) if match}
     whole = present.issuperset(range(args.text_config["num_hidden_layers"]))
-    weights = stack_experts(weights, args, whole)
-    weights = settle_head(weights, args, whole)
+    weights, packed = decode(weights, args)
+    weights, packed = stack_experts(weights, packed, args.text_config, whole)
+    weights, packed = settle_head(weights, packed, args.tie_word_embeddings, whole)
     check_names(weights, args.text_config)
+    if packed:
+        record_quantization(args.config, packed)
     return cast_experts(weights)
 
 
@@ -99,7 +115,50 @@ def rename(weights: Weights) -> Weights:
     return renamed
 
 
-def stack_experts(weights: Weights, args: ModelArgs, whole: bool = True) -> Weights:
+def decode(weights: Weights, args: ModelArgs) -> tuple[Weights, Packed]:
+    """Replace every layer that another tool quantized by MLX's packed tensors, or by a float weight.
+
+    Fused experts are decoded as they are stored, whichever way they are turned: their scales are turned alike, and a
+    block of them may lie on both sides of the border between gate and up.
+    """
+    layers: dict[str, Weights] = {}
+    for name, array in weights.items():
+        if match := _FUSED.fullmatch(name):
+            layers.setdefault(match[1], {})["weight" + match[2]] = array
+        else:
+            layer, _, suffix = name.rpartition(".")
+            layers.setdefault(layer, {})[suffix] = array
+    decoded: Weights = {}
+    packed: Packed = {}
+    # On the CPU, experts are multiplied in float32 only, and all that follows them is float32 too.
+    cpu = mx.default_device() == mx.cpu
+    dtype = mx.float32 if cpu else getattr(mx, str(args.text_config.get("dtype")), mx.bfloat16)
+    before = after = 0
+    for layer, tensors in layers.items():
+        fused = layer.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        if quantization.is_foreign(tensors):
+            source = sum(array.nbytes for array in tensors.values())
+            global_scale = ".mlp.experts." in layer and _takes_global_scale()
+            tensors, parameters = quantization.decode(layer, tensors, args.quantization_config, dtype, global_scale)
+            if parameters is not None:
+                packed[layer] = parameters
+            elif tensors:
+                before, after = before + source, after + tensors["weight"].nbytes
+        for suffix, array in tensors.items():
+            decoded[layer if fused and suffix == "weight" else f"{layer}.{suffix}"] = array
+    if after:
+        logger.warning(
+            "MLX has no packed format for layers of this checkpoint: they are dequantized, and take %.2f GB of memory "
+            "for %.2f GB in the file. mlx_lm.convert -q writes a smaller copy.",
+            after / 1e9,
+            before / 1e9,
+        )
+    return decoded, packed
+
+
+def stack_experts(
+    weights: Weights, packed: Packed, sizes: dict[str, Any], whole: bool = True
+) -> tuple[Weights, Packed]:
     """Replace the experts of every layer, however stored, by the three arrays of the host's ``SwitchGLU``.
 
     An incomplete set of experts is an error in a whole checkpoint. In a part of one (a stage of a pipeline reads files,
@@ -107,27 +166,29 @@ def stack_experts(weights: Weights, args: ModelArgs, whole: bool = True) -> Weig
     """
     others: Weights = {}
     fused: dict[str, Weights] = {}
-    single: dict[str, dict[str, dict[int, mx.array]]] = {}
+    single: dict[str, dict[str, dict[int, Weights]]] = {}
     for name, array in weights.items():
         if ".mlp.experts." not in name:
             others[name] = array
         elif match := _FUSED.fullmatch(name):
-            fused.setdefault(match[1], {})[match[2]] = array
+            mlp, _, projection = match[1].rpartition(".experts.")
+            fused.setdefault(mlp, {})[projection] = array
         elif match := _EXPERT.fullmatch(name):
-            expert, projection = match[2] or match[5], match[3] or match[4]
-            experts = single.setdefault(match[1], {}).setdefault(projection, {})
-            if int(expert) in experts:
+            expert, projection = int(match[2] or match[5]), match[3] or match[4]
+            tensors = single.setdefault(match[1], {}).setdefault(projection, {}).setdefault(expert, {})
+            if match[6] in tensors:
                 raise CheckpointError(
                     f"{name}: expected one tensor for this expert, found experts.{expert}.{projection}_proj and "
                     f"experts.{projection}_proj.{expert}. Remove the file that a second tool left in the folder."
                 )
-            experts[int(expert)] = array
+            tensors[match[6]] = array
         else:
             raise CheckpointError(
                 f"{name}: expected experts.gate_up_proj, experts.down_proj or experts.<e>.<p>_proj.weight, found "
-                " a tensor of experts that belongs to nothing. Take the original checkpoint."
+                "a tensor of experts that belongs to nothing. Take the original checkpoint."
             )
-    sizes = args.text_config
+    experts = {layer: parameters for layer, parameters in packed.items() if ".mlp.experts." in layer}
+    packed = {layer: parameters for layer, parameters in packed.items() if layer not in experts}
     for mlp in [*fused, *single]:
         switch_mlp = f"{mlp}.switch_mlp"
         if (mlp in fused and mlp in single) or f"{switch_mlp}.down_proj.weight" in others:
@@ -144,13 +205,16 @@ def stack_experts(weights: Weights, args: ModelArgs, whole: bool = True) -> Weig
         if missing:
             logger.debug("%s is not in this part of the checkpoint: the layer's experts are left out", missing)
             continue
-        parts = _split(mlp, fused[mlp], sizes) if mlp in fused else _stacked(mlp, single[mlp], sizes)
-        for projection, array in parts:
-            others[f"{switch_mlp}.{projection}_proj.weight"] = array
-    return others
+        parts = _split(mlp, fused[mlp], sizes) if mlp in fused else _stacked(mlp, single[mlp], experts, sizes)
+        for projection, tensors, parameters in parts:
+            for suffix, array in tensors.items():
+                others[f"{switch_mlp}.{projection}_proj.{suffix}"] = array
+            if parameters is not None:
+                packed[f"{switch_mlp}.{projection}_proj"] = parameters
+    return others, packed
 
 
-def _missing(mlp: str, fused: Weights | None, single: dict[str, dict[int, mx.array]], experts: int) -> str | None:
+def _missing(mlp: str, fused: Weights | None, single: dict[str, dict[int, Weights]], experts: int) -> str | None:
     """The name of the first tensor that the experts of a layer lack; an expert too many raises."""
     if fused is not None:
         return next((f"{mlp}.experts.{name}" for name in ("gate_up_proj", "down_proj") if name not in fused), None)
@@ -167,7 +231,7 @@ def _missing(mlp: str, fused: Weights | None, single: dict[str, dict[int, mx.arr
     return None
 
 
-def _split(mlp: str, fused: Weights, sizes: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+def _split(mlp: str, fused: Weights, sizes: dict[str, Any]) -> Iterator[Part]:
     """Cut a layer's fused experts into gate, up and down, each ``[E, out, in]``.
 
     ``gate_up_proj`` holds two projections of every expert, first gate, then up, as the two halves of one axis (never
@@ -183,12 +247,13 @@ def _split(mlp: str, fused: Weights, sizes: dict[str, Any]) -> Iterator[tuple[st
     gate_up_turned = _in_out(f"{mlp}.experts.gate_up_proj", gate_up.shape, (e, h, 2 * i))
     down_turned = _in_out(f"{mlp}.experts.down_proj", down.shape, (e, i, h))
     if gate_up_turned if gate_up_turned is not None else down_turned:
-        yield "gate", _turned(gate_up[..., :i])
-        yield "up", _turned(gate_up[..., i:])
+        gate, up = _turned(gate_up[..., :i]), _turned(gate_up[..., i:])
     else:
-        yield "gate", gate_up[:, :i]
-        yield "up", gate_up[:, i:]
-    yield "down", _turned(down) if (down_turned if down_turned is not None else gate_up_turned) else down
+        gate, up = gate_up[:, :i], gate_up[:, i:]
+    if down_turned if down_turned is not None else gate_up_turned:
+        down = _turned(down)
+    for projection, weight in (("gate", gate), ("up", up), ("down", down)):
+        yield projection, {"weight": weight}, None
 
 
 def _in_out(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool | None:
@@ -214,57 +279,92 @@ def _turned(array: mx.array) -> mx.array:
     return mx.contiguous(array.swapaxes(-1, -2))
 
 
-def _stacked(mlp: str, single: dict[str, dict[int, mx.array]], sizes: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+def _stacked(mlp: str, single: dict[str, dict[int, Weights]], packed: Packed, sizes: dict[str, Any]) -> Iterator[Part]:
     """Stack a layer's separate experts, each a linear layer ``[out, in]``, to ``[E, out, in]``.
 
     transformers 5.0 and 5.1 save such names too, but took ``[E, H, 2I]`` for ``[E, 2I, H]``: they cut the wrong axis in
     two and turned nothing. Their "gate" is the upper half of an expert's ``gate_up [H, 2I]``, their "up" the lower,
-    each ``[H/2, 2I]``, and "down" is still ``[I, H]``. Nothing is lost: rejoined, it is the official layout again.
+    each ``[H/2, 2I]``, and "down" is still ``[I, H]``. Nothing is lost: rejoined, it is the official layout again (a
+    packed one in float, as its groups run along the wrong axis). llm-compressor's ``model_free_ptq`` does the same.
     """
     e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
-    arrays = {projection: [experts[n] for n in range(e)] for projection, experts in single.items()}
     good = {"gate": (i, h), "up": (i, h), "down": (h, i)}
     miscut = {"gate": (h // 2, 2 * i), "up": (h // 2, 2 * i), "down": (i, h)}
-    # One of the two shapes may coincide (H = 2I or H = I), never both.
-    kind = miscut if arrays["gate"][0].shape == miscut["gate"] and arrays["down"][0].shape == miscut["down"] else good
-    for projection, experts in arrays.items():
-        for n, array in enumerate(experts):
-            if array.shape != kind[projection]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, Any] = {}
+    for projection, experts in single.items():
+        for n in range(e):
+            # Both spellings of an expert's name lead to its parameters.
+            names = (f"{mlp}.experts.{n}.{projection}_proj", f"{mlp}.experts.{projection}_proj.{n}")
+            parameters = next((packed[name] for name in names if name in packed), None)
+            kind = (sorted(experts[n]), parameters)
+            if kinds.setdefault(projection, kind) != kind:
                 raise CheckpointError(
-                    f"{mlp}.experts.{n}.{projection}_proj.weight: expected the shape {list(kind[projection])}, found "
-                    f"{list(array.shape)}. Are hidden_size and moe_intermediate_size in config.json those of this "
-                    "checkpoint?"
+                    f"{names[0]}: expected the format of the other experts, {_format(*kinds[projection])}, found "
+                    f"{_format(*kind)}. MLX stacks experts, which needs one format for all: quantize all or none."
                 )
-    if kind is good:
-        for projection, experts in arrays.items():
-            yield projection, mx.stack(experts)
-    else:
+            if "weight" not in experts[n]:
+                raise CheckpointError(f"{names[0]}.weight: expected beside {sorted(experts[n])}, found nothing.")
+            shape = experts[n]["weight"].shape
+            if parameters is not None:
+                shape = (shape[0], shape[1] * 32 // parameters["bits"])
+            if shapes.setdefault(projection, shape) != shape or shape not in (good[projection], miscut[projection]):
+                raise CheckpointError(
+                    f"{names[0]}.weight: expected the shape {list(good[projection])}, found {list(shape)}. "
+                    "Are hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
+                )
+    # One of the two kinds of shapes may coincide (H = 2I or H = I), never both.
+    if shapes == good:
+        for projection, experts in single.items():
+            suffixes, parameters = kinds[projection]
+            yield projection, {s: mx.stack([experts[n][s] for n in range(e)]) for s in suffixes}, parameters
+    elif shapes == miscut:
+        arrays: dict[str, list[mx.array]] = {}
+        for projection, experts in single.items():
+            _, parameters = kinds[projection]
+            arrays[projection] = [
+                experts[n]["weight"]
+                if parameters is None
+                else quantization.dequantize(experts[n], parameters, mx.float32)
+                for n in range(e)
+            ]
         halves = zip(arrays["gate"], arrays["up"], strict=True)
         gate_up = mx.stack([mx.concatenate(list(pair)) for pair in halves])
         yield from _split(mlp, {"gate_up_proj": gate_up, "down_proj": mx.stack(arrays["down"])}, sizes)
+    else:
+        raise CheckpointError(
+            f"{mlp}.experts.0: expected gate, up and down of the shapes {list(map(list, good.values()))}, found "
+            f"{[list(shapes[projection]) for projection in good]}. Take the original checkpoint."
+        )
 
 
-def settle_head(weights: Weights, args: ModelArgs, whole: bool = True) -> Weights:
+def _format(suffixes: list[str], parameters: dict[str, Any] | None) -> str:
+    return "float" if parameters is None and suffixes == ["weight"] else f"{' + '.join(suffixes)} with {parameters}"
+
+
+def settle_head(weights: Weights, packed: Packed, tied: bool | None, whole: bool = True) -> tuple[Weights, Packed]:
     """Give every model a head of its own name: the stored one, or the embeddings themselves, shared and not copied.
 
     A head beside a config that ties it is a second copy, dropped with its scales and biases. A head beside a config
     that contradicts itself is real (transformers 5 writes such configs). No head where the config is clear that there
     is one is an error.
     """
-    if args.tie_word_embeddings:
+    if tied:
         weights = {name: array for name, array in weights.items() if not name.startswith(_HEAD)}
-    embeddings = {name: array for name, array in weights.items() if name.startswith(f"{_DECODER}embed_tokens.")}
+    embeddings = {name: array for name, array in weights.items() if name.startswith(_EMBEDDINGS)}
     if not embeddings or any(name.startswith(_HEAD) for name in weights):
-        return weights
-    if args.tie_word_embeddings is None or args.tie_word_embeddings:
-        shared = {name.replace(f"{_DECODER}embed_tokens.", _HEAD): array for name, array in embeddings.items()}
-        return weights | shared
-    if whole:
-        raise CheckpointError(
-            "lm_head.weight: expected in a model with tie_word_embeddings false, found nothing. Is a file of the "
-            "checkpoint missing? If the head is the embedding matrix, set tie_word_embeddings to true in config.json."
-        )
-    return weights
+        return weights, packed
+    if tied is False:
+        if whole:
+            raise CheckpointError(
+                "lm_head.weight: expected in a model with tie_word_embeddings false, found nothing. Is a file of the "
+                "checkpoint missing? If the head is the embedding matrix, set tie_word_embeddings to true."
+            )
+        return weights, packed
+    shared = {_HEAD + name.removeprefix(_EMBEDDINGS): array for name, array in embeddings.items()}
+    if _EMBEDDINGS[:-1] in packed:
+        packed = packed | {_HEAD[:-1]: packed[_EMBEDDINGS[:-1]]}
+    return weights | shared, packed
 
 
 def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
@@ -289,9 +389,15 @@ def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
             )
 
 
+@functools.cache
+def _takes_global_scale() -> bool:
+    """Whether stacked experts can hold NVFP4's second scale: mlx-lm 0.32.1 and newer, on a GPU."""
+    return mx.default_device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
+
+
 def cast_experts(weights: Weights) -> Weights:
-    """Experts in a dtype that the backend multiplies, see `_multipliable`."""
-    return {name: _multipliable(array) if ".switch_mlp." in name else array for name, array in weights.items()}
+    """Unquantized experts in a dtype that the backend multiplies, see `_multipliable`."""
+    return {name: _multipliable(array) if _SWITCH_WEIGHT.search(name) else array for name, array in weights.items()}
 
 
 def _multipliable(array: mx.array) -> mx.array:
