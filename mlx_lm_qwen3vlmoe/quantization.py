@@ -11,7 +11,7 @@ are then the scales) unless the format is symmetric: 16 bits would round it, whi
 | ``qweight`` packed along *in*, ``qzeros``, …         | GPTQModel 7.7, AutoGPTQ                    | affine or float |
 | ``weight_packed`` int32, ``weight_scale``, …         | compressed-tensors 0.19 ``pack-quantized`` | affine or float |
 | ``weight`` int8, ``weight_scale``                    | … ``int-quantized``                        | affine          |
-| ``weight_packed`` uint8, ``weight_scale`` uint8      | … ``mxfp4-pack-quantized``                 | mxfp4           |
+| ``weight_packed`` uint8, ``weight_scale`` uint8      | … ``mxfp4-pack-quantized``, ModelOpt MXFP4 | mxfp4           |
 | ``weight`` e4m3, ``weight_scale`` uint8              | … ``mxfp8-quantized``                      | mxfp8           |
 | ``weight_packed`` uint8, …, ``weight_global_scale``  | … ``nvfp4-pack-quantized``                 | float or nvfp4  |
 | ``weight`` uint8, …, ``weight_scale_2``              | ModelOpt 0.47 NVFP4                        | float or nvfp4  |
@@ -111,14 +111,14 @@ def decode(
         scale = 1 / layer.take("weight_global_scale").astype(mx.float32)
         result = _nvfp4(layer, layer.take("weight_packed"), scale, global_scale)
     elif "weight_packed" in tensors:
-        result = _mxfp4(layer)
+        result = _microscaled(layer, "weight_packed")
     elif weight is not None and "weight_scale_2" in tensors:
         scale = layer.take("weight_scale_2").astype(mx.float32)
         result = _nvfp4(layer, layer.take("weight"), scale, global_scale)
     elif weight is not None and weight.dtype == mx.int8:
         result = _int8(layer)
     elif weight is not None and weight.dtype == mx.uint8 and layer.has_bytes("weight_scale"):
-        result = _mxfp8(layer)
+        result = _microscaled(layer, "weight")
     elif weight is not None and weight.dtype == mx.uint8:
         result = _fp8(layer)
     else:
@@ -262,7 +262,11 @@ def _gptq(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     if bits not in (2, 3, 4, 5, 6, 8) or qweight.shape[0] * 32 != inputs * bits:
         raise layer.error("qweight", f"2, 3, 4, 5, 6 or 8 bits for each of {inputs} inputs", list(qweight.shape))
     layer.check("qzeros", qzeros, (groups, outputs * bits // 32))
-    zeros = (_unpack(qzeros, bits) + (form == "gptq")) & (2**bits - 1)
+    if form == "gptq" and 32 % bits == 0:  # the tool subtracts from whole words: 1 comes back with the carries
+        qzeros = qzeros.view(mx.uint32) + sum(1 << i for i in range(0, 32, bits))
+    zeros = _unpack(qzeros, bits)
+    if form == "gptq" and 32 % bits:
+        zeros = (zeros + 1) & (2**bits - 1)
     # Whether g_idx is out of order cannot be seen without evaluating it: only a description that says no is believed.
     ordered = layer.config.get("desc_act") is False and inputs % groups == 0
     packed = mx.contiguous(qweight.T).view(mx.uint32)
@@ -338,29 +342,20 @@ def _int8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     return _affine(layer, unsigned.astype(mx.uint8).view(mx.uint32), scales, zeros, 8)
 
 
-def _mxfp4(layer: _Layer) -> tuple[Tensors, Parameters | None]:
-    """OCP MXFP4, the same in MLX: ``w = fp4 * 2 ** (s - 127)``, low nibble first.
+def _microscaled(layer: _Layer, suffix: str) -> tuple[Tensors, Parameters | None]:
+    """OCP MXFP4 and MXFP8, as in MLX: ``w = fp4 * 2 ** (s - 127)``, low nibble first, or ``e4m3 * 2 ** (s - 127)``.
 
-    ``weight_packed [out, in / 2]`` uint8, ``weight_scale [out, in / 32]`` uint8 (E8M0). Source: OCP Microscaling
+    ``[out, in / 2]`` or ``[out, in]`` uint8, ``weight_scale [out, in / 32]`` uint8 (E8M0). Source: OCP Microscaling
     Formats 1.0.
     """
-    weight, scales = layer.take("weight_packed"), layer.take("weight_scale")
-    layer.check("weight_scale", scales, (weight.shape[0], weight.shape[1] // 16))
-    if _has_mode("mxfp4"):
-        return {"weight": weight.view(mx.uint32), "scales": scales}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    return {"weight": (_fp4(weight) * mx.repeat(_e8m0(scales), 32, 1)).astype(layer.dtype)}, None
-
-
-def _mxfp8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
-    """OCP MXFP8, the same in MLX: ``w = e4m3 * 2 ** (s - 127)``.
-
-    ``weight [out, in]`` e4m3, ``weight_scale [out, in / 32]`` uint8 (E8M0).
-    """
-    weight, scales = layer.take("weight"), layer.take("weight_scale")
-    layer.check("weight_scale", scales, (weight.shape[0], weight.shape[1] // 32))
-    if _has_mode("mxfp8"):
-        return {"weight": weight.view(mx.uint32), "scales": scales}, {"group_size": 32, "bits": 8, "mode": "mxfp8"}
-    return {"weight": (_e4m3(weight) * mx.repeat(_e8m0(scales), 32, 1)).astype(layer.dtype)}, None
+    weight, scales = layer.take(suffix), layer.take("weight_scale")
+    outputs, size = weight.shape
+    layer.check("weight_scale", scales, (outputs, size // 16), (outputs, size // 32))
+    mode, bits = ("mxfp4", 4) if scales.shape[1] == size // 16 else ("mxfp8", 8)
+    if _has_mode(mode):
+        return {"weight": weight.view(mx.uint32), "scales": scales}, {"group_size": 32, "bits": bits, "mode": mode}
+    values = _fp4(weight) if bits == 4 else _e4m3(weight)
+    return {"weight": (values * mx.repeat(_e8m0(scales), 32, 1)).astype(layer.dtype)}, None
 
 
 def _nvfp4(layer: _Layer, weight: mx.array, scale: mx.array, global_scale: bool) -> tuple[Tensors, Parameters | None]:
@@ -385,25 +380,32 @@ def _fp8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     """FP8: ``w = e4m3 * s`` of the whole, the output channel or the block; despite its name, ``_inv`` multiplies too.
 
     ``weight […, R, C]`` e4m3; the scale is ``[]`` or ``[1]``, ``[R]`` or ``[R, 1]``, or ``[…, ⌈R/b⌉, ⌈C/b⌉]`` in the
-    orientation of the weight, with the last blocks cut short (ModelOpt: ``[R/b, 1, C/b, 1]``). Sources:
+    orientation of the weight, with the last blocks cut short (ModelOpt: ``[R/b, 1, C/b, 1]``). Blocks with E8M0 scales
+    (uint8, powers of two) are MXFP8 with every scale repeated, and stay packed where 32 divides them. Sources:
     ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors 0.19, ModelOpt 0.47.
     """
     weight = layer.take("weight")
     suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
-    scale = layer.take(suffix).astype(mx.float32)
+    power = layer.has_bytes(suffix)
+    scale = layer.take(suffix) if power else layer.take(suffix).astype(mx.float32)
     *lead, rows, columns = weight.shape
     if scale.ndim == 4 and scale.shape[1] == scale.shape[3] == 1:
         scale = scale.squeeze((1, 3))
     high, wide = _block_size(layer)
     blocks = (*lead, math.ceil(rows / high), math.ceil(columns / wide))
-    if scale.size == 1 and not lead:
+    if scale.shape == blocks:
+        scale = mx.repeat(scale, high, -2)[..., :rows, :]
+        if power and not lead and columns % 32 == wide % 32 == 0 and _has_mode("mxfp8"):
+            scale = mx.repeat(scale, wide // 32, -1)[:, : columns // 32]
+            return {"weight": weight.view(mx.uint32), "scales": scale}, {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+        scale = mx.repeat(scale, wide, -1)[..., :columns]
+    elif scale.size == 1 and not lead:
         scale = scale.reshape(1, 1)
-    elif scale.shape in ((rows,), (rows, 1)) and not lead:
-        scale = scale.reshape(rows, 1)
+    elif scale.shape == (rows,) and not lead:
+        scale = scale[:, None]
     else:
-        layer.check(suffix, scale, blocks, (*lead, rows, 1), *([(1,)] if not lead else []))
-        if scale.shape == blocks:
-            scale = mx.repeat(mx.repeat(scale, high, -2)[..., :rows, :], wide, -1)[..., :columns]
+        layer.check(suffix, scale, blocks, (*lead, rows, 1), *([] if lead else [(1,)]))
+    scale = _e8m0(scale) if power else scale
     return {"weight": (_e4m3(weight) * scale).astype(layer.dtype)}, None
 
 

@@ -1,0 +1,320 @@
+"""Checkpoints that other tools quantized (see quantized/make/README.md), against torch on the tools' own weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import OURS, ROOT, run
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_config, load_model
+
+from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
+
+FIXTURES = ROOT / "tests" / "quantized" / "fixtures"
+NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.safetensors"))
+# Formats that MLX can only express in float: FP8, NVFP4 (on the CPU) and act-order GPTQ.
+FLOAT = [
+    name
+    for name in NAMES
+    if ("fp8" in name and "mx" not in name and "ue8m0" not in name) or "nvfp4" in name or "actorder" in name
+]
+PACKED = [name for name in NAMES if name not in FLOAT]
+
+
+def golden(name: str) -> dict[str, mx.array]:
+    return mx.load(str(FIXTURES / name / "golden.safetensors"))
+
+
+def load(path: Path, **options):
+    model, config = load_model(path, lazy=True, **options)
+    assert type(model).__module__ == OURS
+    return model, config
+
+
+def relative_error(model, expected: dict[str, mx.array]) -> float:
+    found = model(expected["ids"]).astype(mx.float32)
+    return (mx.abs(found - expected["logits"]).max() / mx.abs(expected["logits"]).max()).item()
+
+
+def quantized_layers(model) -> dict[str, object]:
+    return {path: layer for path, layer in model.named_modules() if hasattr(layer, "bits")}
+
+
+def test_every_format_has_a_fixture():
+    methods = Counter(name.split("-")[0] for name in NAMES)
+    assert methods.keys() >= {"awq", "ct", "fp8", "gptq", "modelopt"}
+    assert len(NAMES) >= 40
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_torchs_on_the_tools_own_dequantized_weights(name):
+    """In float32. The values are the same, packed or not, and no rounding is to be excused."""
+    model, config = load(FIXTURES / name)
+    model.set_dtype(mx.float32)
+    assert relative_error(model, golden(name)) < 1e-4
+    assert "quantization_config" not in config
+    assert "quantization_config" not in config["text_config"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_mlx_can_express_stays_packed(name):
+    model, config = load(FIXTURES / name)
+    layers = quantized_layers(model)
+    kinds = {type(layer).__name__ for layer in layers.values()}
+    assert "QuantizedSwitchLinear" in kinds or "QuantizedLinear" in kinds
+    assert config["quantization"]["bits"] in (3, 4, 8)
+    for path, array in tree_flatten(model.parameters()):
+        if path.rpartition(".")[0] in layers and path.endswith(".weight"):
+            assert array.dtype == mx.uint32
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_layers_take_the_memory_of_the_file(name):
+    """Within the scales and biases, which MLX keeps in up to 8 bytes for 32 to 128 weights."""
+    model, _ = load(FIXTURES / name)
+    stored = mx.load(str(next((FIXTURES / name).glob("model*.safetensors"))))
+    file_bytes = sum(array.nbytes for key, array in stored.items() if ".visual." not in key)
+    scales = sum(
+        array.nbytes for path, array in tree_flatten(model.parameters()) if path.endswith((".scales", ".biases"))
+    )
+    memory = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    casts = sum(  # experts that the file leaves float take float32 on the CPU
+        array.nbytes // 2
+        for path, array in tree_flatten(model.parameters())
+        if "switch_mlp" in path and array.dtype == mx.float32 and path.endswith("weight")
+    )
+    assert memory - scales - casts <= file_bytes
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_what_mlx_cannot_express_is_float_with_one_notice(name, caplog):
+    model, config = load(FIXTURES / name)
+    notices = [record.getMessage() for record in caplog.records if "they are dequantized" in record.getMessage()]
+    assert len(notices) == 1
+    assert "mlx_lm.convert -q" in notices[0]
+    assert ("quantization" in config) == bool(quantized_layers(model))
+
+
+def test_nothing_is_evaluated_while_loading_lazily():
+    """A file with the right headers and no data behind them would be read only by an evaluation."""
+    for name in NAMES:
+        config = load_config(FIXTURES / name)
+        model = Model(ModelArgs.from_dict(config))
+        weights = {}
+        for file in (FIXTURES / name).glob("model*.safetensors"):
+            weights |= mx.load(str(file))
+        before = mx.get_active_memory()
+        found = model.sanitize(weights)
+        assert mx.get_active_memory() - before < 50_000, name  # the tables of small floats
+        assert found
+
+
+VECTORS, METADATA = mx.load(str(ROOT / "tests" / "quantized" / "vectors.safetensors"), return_metadata=True)
+CASES = json.loads(METADATA["cases"])
+
+
+def layer(case: str) -> dict[str, mx.array]:
+    return {name.rpartition(".")[2]: array for name, array in VECTORS.items() if name.startswith(f"{case}.")}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("gptq-p")])
+def test_every_packing_decodes_to_the_tools_own_values(case):
+    """Random weights, packed and dequantized by the tools, one layer each."""
+    tensors = layer(case)
+    weight = tensors.pop("weight")
+    decoded, parameters = quantization.decode("layer", tensors, CASES[case], mx.float32)
+    if parameters is not None:
+        decoded = {"weight": quantization.dequantize(decoded, parameters, mx.float32)}
+    assert (parameters is None) == ("actorder" in case)
+    assert mx.allclose(decoded["weight"], weight, rtol=1e-6, atol=1e-7)
+
+
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), rows=st.integers(1, 4), words=st.integers(1, 3), data=st.data())
+def test_bit_streams_are_mlxs_own(bits, rows, words, data):
+    """Unpacking agrees with MLX, for every width and any content."""
+    drawn = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=rows * words * bits, max_size=rows * words * bits))
+    packed = mx.array(drawn, mx.uint32).reshape(rows, words * bits)
+    expected = mx.dequantize(packed, mx.ones((rows, words)), mx.zeros((rows, words)), 32, bits)
+    assert mx.array_equal(quantization._unpack(packed, bits), expected.astype(mx.int32))
+
+
+def test_small_floats_are_what_mlx_has():
+    """All 256 codes of e4m3 and all 16 of e2m1, against MLX's own decoding."""
+    codes = mx.arange(256).astype(mx.uint8)
+    assert mx.array_equal(quantization._e4m3(codes), mx.from_fp8(codes, mx.float32), equal_nan=True)
+    packed, ones = codes.reshape(8, 32).view(mx.uint32), mx.full((8, 2), 127, mx.uint8)
+    expected = mx.dequantize(packed, ones, None, 32, 4, mode="mxfp4", dtype=mx.float32)
+    assert mx.array_equal(quantization._fp4(codes.reshape(8, 32)), expected)
+
+
+@pytest.mark.parametrize("name", ["modelopt-nvfp4", "ct-nvfp4"])
+def test_nvfp4_experts_stay_packed_where_a_layer_can_hold_the_second_scale(name):
+    """mlx-lm 0.32.1 and newer on a GPU; the values are checked with MLX's own decoder, which also runs here."""
+    stored = mx.load(str(FIXTURES / name / "model.safetensors"))
+    prefix = "model.language_model.layers.0.mlp.experts.1.down_proj."
+    tensors = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
+    packed, parameters = quantization.decode("layer", tensors, {}, mx.float32, global_scale=True)
+    assert parameters == {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True}
+    assert packed["global_scale"].shape == ()
+    decoded, _ = quantization.decode("layer", tensors, {}, mx.float32)
+    found = quantization.dequantize(packed, parameters, mx.float32)
+    assert mx.allclose(found, decoded["weight"], rtol=1e-5, atol=0)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "config", "message"),
+    [
+        ("awq-w4-gemm", {}, {"quant_method": "fp8"}, r"layer\.qweight: expected quant_method awq or gptq"),
+        ("awq-w4-gemm", {}, AWQ | {"version": "gemv"}, r"layer\.qweight: expected AWQ with 4 bits and version 'gemm'"),
+        ("awq-w4-gemm", {}, AWQ | {"bits": 3}, r"found 3 bits"),
+        ("awq-w4-gemm", {"scales": None}, AWQ, r"layer\.scales: expected the tensor beside the others"),
+        ("awq-w4-gemm", {"scales": mx.ones((3, 63))}, AWQ, r"layer\.scales: expected the shape \[3, 64\], found"),
+        ("awq-w4-gemm", {"qzeros": mx.ones((3, 4))}, AWQ, r"layer\.qzeros: expected the shape \[3, 8\]"),
+        ("awq-w4-gemm", {"pre_quant_scale": mx.ones(96)}, AWQ, r"layer\.pre_quant_scale: expected nothing"),
+        ("gptq-w4-sym", {"qzeros": None}, None, r"layer\.qzeros"),
+        ("gptq-w4-sym", {"qweight": mx.ones((12, 63), mx.int32)}, None, r"layer\.qweight: expected the shape"),
+        ("gptq-w4-sym", {"g_idx": mx.ones(50, mx.int32)}, None, r"layer\.qweight: expected 2, 3, 4, 5, 6 or 8 bits"),
+        ("gptq-p-w3-sym", {}, None, r"expected checkpoint_format gptq or gptq_v2, found 'gptq_p'"),
+    ],
+)
+def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change, config, message):
+    tensors = layer(case) | change
+    del tensors["weight"]
+    tensors = {suffix: array for suffix, array in tensors.items() if array is not None}
+    with pytest.raises(CheckpointError, match=message):
+        quantization.decode("layer", tensors, config or CASES[case], mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "fp8-perexpert",
+            {"q_proj.weight_scale_inv": None},
+            r"q_proj\.weight(_scale)?: expected",
+        ),
+        (
+            "fp8-perexpert",
+            {"q_proj.weight_scale_inv": mx.ones((3, 3))},
+            r"q_proj\.weight_scale_inv: expected",
+        ),
+        ("modelopt-nvfp4", {"q_proj.weight_scale": None}, r"q_proj\.weight_scale: expected the tensor beside"),
+        ("modelopt-nvfp4", {"q_proj.weight_scale_2": mx.ones(3)}, r"q_proj\.weight_scale_2 .*expected one number"),
+        ("modelopt-nvfp4", {"q_proj.pre_quant_scale": mx.ones(96)}, r"q_proj\.pre_quant_scale: expected nothing"),
+        ("ct-w4a16-g32", {"q_proj.weight_scale": mx.ones((128, 5))}, r"q_proj\.weight_(scale|packed): expected"),
+        ("ct-w8a8-int8", {"q_proj.weight_scale": mx.ones((5, 1))}, r"q_proj\.weight_scale: expected the shape"),
+        ("ct-mxfp4", {"q_proj.weight_scale": mx.ones((128, 7), mx.uint8)}, r"q_proj\.weight_scale: expected the shape"),
+        ("ct-nvfp4", {"experts.1.up_proj.weight_global_scale": None}, r"experts\.1\.up_proj"),
+    ],
+)
+def test_a_broken_quantized_checkpoint_names_the_tensor(name, change, message):
+    weights = mx.load(str(FIXTURES / name / "model.safetensors"))
+    ((suffix, array),) = change.items()
+    (key,) = [k for k in weights if "layers.0." in k and k.endswith(suffix)] or [
+        next(k for k in weights if "layers.0." in k and "q_proj.weight" in k).rpartition(".")[0] + ".pre_quant_scale"
+    ]
+    weights.pop(key, None)
+    if array is not None:
+        weights[key] = array
+    model = Model(ModelArgs.from_dict(load_config(FIXTURES / name)))
+    with pytest.raises(CheckpointError, match=message):
+        model.sanitize(weights)
+
+
+def test_half_quantized_experts_are_refused():
+    name = "awq-g64"
+    weights = mx.load(str(FIXTURES / name / "model.safetensors"))
+    expert = "model.language_model.layers.0.mlp.experts.2.up_proj"
+    shape = weights[f"{expert}.qweight"].shape
+    for suffix in ("qweight", "qzeros", "scales"):
+        del weights[f"{expert}.{suffix}"]
+    weights[f"{expert}.weight"] = mx.zeros((shape[1] * 8, shape[0]), mx.float16)
+    model = Model(ModelArgs.from_dict(load_config(FIXTURES / name)))
+    with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj: expected the format of the other.*found float"):
+        model.sanitize(weights)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"quant_method": "quark"}, r"quant_method: expected one of awq, .*, found 'quark'"),
+        ({"bits": 4, "quant_method": None}, r"quant_method: expected one of"),
+        ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, r"transform_config: expected nothing"),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            r"sparsity_config: expected nothing",
+        ),
+    ],
+)
+def test_an_unknown_description_is_refused(description, message):
+    config = load_config(FIXTURES / "awq-g64") | {"quantization_config": description}
+    with pytest.raises(CheckpointError, match=message):
+        ModelArgs.from_dict(config)
+
+
+IN_THE_UNCHANGED_HOST = """
+import json, sys, pathlib, mlx.core as mx
+from mlx_lm.utils import load_model
+path = pathlib.Path(sys.argv[1]); model, _ = load_model(path, lazy=True)
+model.set_dtype(mx.float32)
+golden = mx.load(sys.argv[2]); found = model(golden["ids"])
+print(type(model).__module__, (mx.abs(found - golden["logits"]).max() / mx.abs(golden["logits"]).max()).item())
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_path):
+    from mlx_lm.utils import save_config, save_model
+
+    model, config = load(FIXTURES / name)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    expected = FIXTURES / name / "golden.safetensors"
+    done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path, expected, env={"MLX_LM_PLUGINS": "0"})
+    module, error = done.stdout.split()
+    assert module == "mlx_lm.models.qwen3_vl_moe"
+    assert float(error) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["awq-g32-bf16", "ct-mixed", "gptq-w4-asym", "fp8-fused-official"])
+def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, tmp_path):
+    """The real command, which casts to the checkpoint's dtype: exact zero points come through."""
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / name, source, ignore=shutil.ignore_patterns("golden*"))
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        shutil.copy(ROOT / "examples" / "tiny-qwen3-vl-moe" / file, source)
+    run(Path(sys.executable).parent / "mlx_lm.convert", "--hf-path", source, "--mlx-path", tmp_path / "out")
+    expected = FIXTURES / name / "golden.safetensors"
+    done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path / "out", expected, env={"MLX_LM_PLUGINS": "0"})
+    assert float(done.stdout.split()[1]) < (0.01 if name in FLOAT else 1e-4)  # bfloat16 rounds a float weight
+
+
+@pytest.mark.parametrize("place", ["top", "text_config", "hf_quant_config.json"])
+def test_the_description_is_found_in_all_three_places(place, tmp_path):
+    name = "modelopt-nvfp4" if place == "hf_quant_config.json" else "awq-g64"
+    shutil.copytree(FIXTURES / name, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "hf_quant_config.json").unlink(missing_ok=True)
+    description = config.pop("quantization_config")
+    if place == "top":
+        config["quantization_config"] = description
+    elif place == "text_config":
+        config["text_config"]["quantization_config"] = description
+    else:
+        nested = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(nested))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, _ = load(tmp_path)
+    model.set_dtype(mx.float32)
+    assert relative_error(model, golden(name)) < 1e-4
