@@ -18,6 +18,7 @@ Sources: ``configuration_qwen3_vl_moe.py`` and ``modeling_rope_utils.py`` of tra
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from .errors import CheckpointError
@@ -148,8 +149,8 @@ def record_quantization(config: dict[str, Any], packed: dict[str, dict[str, Any]
     Args:
         packed: path of a layer → ``group_size``, ``bits`` and, unless it is affine, ``mode``.
     """
-    every = list(packed.values())
-    common = max(every, key=every.count) if len(every) < 1000 else every[0]
+    ((parameters, _),) = Counter(tuple(sorted(parameters.items())) for parameters in packed.values()).most_common(1)
+    common = dict(parameters)
     config["quantization"] = {name: value for name, value in common.items() if name != "global_scale"}
     config["quantization"] |= {path: parameters for path, parameters in packed.items() if parameters != common}
 

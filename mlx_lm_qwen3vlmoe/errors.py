@@ -1,4 +1,4 @@
-"""The one exception for a checkpoint that cannot be loaded."""
+"""The exception for a checkpoint that cannot be loaded."""
 
 
 class CheckpointError(ValueError):
@@ -6,3 +6,7 @@ class CheckpointError(ValueError):
 
     The message names the field or tensor, what was expected, what was found, and what the user can do.
     """
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor lacks the others of its layer, which is no error in a part of a checkpoint."""

@@ -29,7 +29,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingTensorError
 
 Tensors = dict[str, mx.array]
 Parameters = dict[str, Any]  # of mlx.nn.quantize: group_size, bits, mode, and global_scale for nvfp4
@@ -121,8 +121,10 @@ def decode(
         result = _microscaled(layer, "weight")
     elif weight is not None and weight.dtype == mx.uint8:
         result = _fp8(layer)
+    elif weight is None:
+        layer.take("weight")
     else:
-        raise layer.error(sorted(tensors)[0], "a known quantized format", f"the tensors {sorted(tensors)}")
+        raise layer.error("weight", "a known quantized format", f"{weight.dtype} beside {sorted(tensors)}")
     if layer.tensors:
         raise layer.error(sorted(layer.tensors)[0], "nothing (it would change the weight)", "the tensor")
     return result
@@ -157,7 +159,10 @@ class _Layer:
 
     def take(self, suffix: str) -> mx.array:
         if suffix not in self.tensors:
-            raise self.error(suffix, "the tensor beside the others of its layer", "nothing")
+            raise MissingTensorError(
+                f"{self.name}.{suffix}: expected beside the other tensors of its layer, found nothing. "
+                "Is a file of the checkpoint missing?"
+            )
         return self.tensors.pop(suffix)
 
     def check(self, suffix: str, array: mx.array, *shapes: tuple[int, ...]) -> mx.array:

@@ -30,7 +30,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from . import quantization
 from .config import record_quantization
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingTensorError
 
 if TYPE_CHECKING:
     from .model import ModelArgs
@@ -53,10 +53,8 @@ _VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
 _MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
 _LAYER = re.compile(re.escape(_DECODER) + r"layers\.(\d+)\.")
 _FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))((?:_scale_inv|_scale)?)")
-_EXPERT = re.compile(
-    r"(.+\.mlp)\.experts\.(?:(\d+)\.(gate|up|down)_proj|(gate|up|down)_proj\.(\d+))"
-    r"\.(weight|scales|biases|global_scale)"
-)
+_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|scales|biases|global_scale)")
+_PROJECTION_FIRST = re.compile(r"\.experts\.((?:gate|up|down)_proj)\.(\d+)\.")
 _SWITCH_WEIGHT = re.compile(r"\.switch_mlp\.\w+\.weight$")
 _TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what only a dense one has
     r"(?:lm_head|model\.embed_tokens|model\.norm|model\.layers\.(\d+)\."
@@ -81,7 +79,7 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     weights = rename(weights)
     present = {int(match[1]) for match in map(_LAYER.match, weights) if match}
     whole = present.issuperset(range(args.text_config["num_hidden_layers"]))
-    weights, packed = decode(weights, args)
+    weights, packed = decode(weights, args, whole)
     weights, packed = stack_experts(weights, packed, args.text_config, whole)
     weights, packed = settle_head(weights, packed, args.tie_word_embeddings, whole)
     check_names(weights, args.text_config)
@@ -91,7 +89,9 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
 
 
 def rename(weights: Weights) -> Weights:
-    """Bring every prefix that writers use to the host's two, and leave out what a text model has no use for.
+    """Bring the names of all writers to those of the host, and leave out what a text model has no use for.
+
+    Separate experts, which the host does not have, become ``experts.{e}.{p}_proj``.
 
     ``model.visual.…``, ``visual.…`` and ``vision_tower.…`` are the vision components, dropped by these names.
     """
@@ -104,18 +104,18 @@ def rename(weights: Weights) -> Weights:
                 f"{name}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., model.visual.), "
                 "found another. Is this checkpoint of another model type, or an adapter?"
             )
-        text = match[1]
+        text = _PROJECTION_FIRST.sub(r".experts.\2.\1.", match[1])
         target = f"language_model.{text}" if text.startswith("lm_head.") else _DECODER + text
         if target in renamed:
             raise CheckpointError(
-                f"{name}: expected one tensor for {target}, found two under different prefixes. "
+                f"{name}: expected one tensor for {target}, found two under different names. "
                 "Remove one, or the file that a second tool left in the folder."
             )
         renamed[target] = array
     return renamed
 
 
-def decode(weights: Weights, args: ModelArgs) -> tuple[Weights, Packed]:
+def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weights, Packed]:
     """Replace every layer that another tool quantized by MLX's packed tensors, or by a float weight.
 
     Fused experts are decoded as they are stored, whichever way they are turned: their scales are turned alike, and a
@@ -139,7 +139,12 @@ def decode(weights: Weights, args: ModelArgs) -> tuple[Weights, Packed]:
         if quantization.is_foreign(tensors):
             source = sum(array.nbytes for array in tensors.values())
             global_scale = ".mlp.experts." in layer and _takes_global_scale()
-            tensors, parameters = quantization.decode(layer, tensors, args.quantization_config, dtype, global_scale)
+            try:
+                tensors, parameters = quantization.decode(layer, tensors, args.quantization_config, dtype, global_scale)
+            except MissingTensorError:
+                if whole:
+                    raise
+                continue  # the file ends between a weight and its scales
             if parameters is not None:
                 packed[layer] = parameters
             elif tensors:
@@ -174,14 +179,8 @@ def stack_experts(
             mlp, _, projection = match[1].rpartition(".experts.")
             fused.setdefault(mlp, {})[projection] = array
         elif match := _EXPERT.fullmatch(name):
-            expert, projection = int(match[2] or match[5]), match[3] or match[4]
-            tensors = single.setdefault(match[1], {}).setdefault(projection, {}).setdefault(expert, {})
-            if match[6] in tensors:
-                raise CheckpointError(
-                    f"{name}: expected one tensor for this expert, found experts.{expert}.{projection}_proj and "
-                    f"experts.{projection}_proj.{expert}. Remove the file that a second tool left in the folder."
-                )
-            tensors[match[6]] = array
+            mlp, expert, projection, suffix = match.groups()
+            single.setdefault(mlp, {}).setdefault(projection, {}).setdefault(int(expert), {})[suffix] = array
         else:
             raise CheckpointError(
                 f"{name}: expected experts.gate_up_proj, experts.down_proj or experts.<e>.<p>_proj.weight, found "
@@ -244,13 +243,17 @@ def _split(mlp: str, fused: Weights, sizes: dict[str, Any]) -> Iterator[Part]:
     e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
     gate_up, down = fused["gate_up_proj"], fused["down_proj"]
     # Only the shape tells the two orders apart. H = 2I makes one tensor square, H = I the other: one always tells.
-    gate_up_turned = _in_out(f"{mlp}.experts.gate_up_proj", gate_up.shape, (e, h, 2 * i))
-    down_turned = _in_out(f"{mlp}.experts.down_proj", down.shape, (e, i, h))
-    if gate_up_turned if gate_up_turned is not None else down_turned:
+    gate_up_in_out = _in_out(f"{mlp}.experts.gate_up_proj", gate_up.shape, (e, h, 2 * i))
+    down_in_out = _in_out(f"{mlp}.experts.down_proj", down.shape, (e, i, h))
+    if gate_up_in_out is None:
+        gate_up_in_out = down_in_out
+    if down_in_out is None:
+        down_in_out = gate_up_in_out
+    if gate_up_in_out:
         gate, up = _turned(gate_up[..., :i]), _turned(gate_up[..., i:])
     else:
         gate, up = gate_up[:, :i], gate_up[:, i:]
-    if down_turned if down_turned is not None else gate_up_turned:
+    if down_in_out:
         down = _turned(down)
     for projection, weight in (("gate", gate), ("up", up), ("down", down)):
         yield projection, {"weight": weight}, None
@@ -294,23 +297,22 @@ def _stacked(mlp: str, single: dict[str, dict[int, Weights]], packed: Packed, si
     kinds: dict[str, Any] = {}
     for projection, experts in single.items():
         for n in range(e):
-            # Both spellings of an expert's name lead to its parameters.
-            names = (f"{mlp}.experts.{n}.{projection}_proj", f"{mlp}.experts.{projection}_proj.{n}")
-            parameters = next((packed[name] for name in names if name in packed), None)
+            name = f"{mlp}.experts.{n}.{projection}_proj"
+            parameters = packed.get(name)
             kind = (sorted(experts[n]), parameters)
             if kinds.setdefault(projection, kind) != kind:
                 raise CheckpointError(
-                    f"{names[0]}: expected the format of the other experts, {_format(*kinds[projection])}, found "
+                    f"{name}: expected the format of the other experts, {_format(*kinds[projection])}, found "
                     f"{_format(*kind)}. MLX stacks experts, which needs one format for all: quantize all or none."
                 )
             if "weight" not in experts[n]:
-                raise CheckpointError(f"{names[0]}.weight: expected beside {sorted(experts[n])}, found nothing.")
+                raise CheckpointError(f"{name}.weight: expected beside {sorted(experts[n])}, found nothing.")
             shape = experts[n]["weight"].shape
             if parameters is not None:
                 shape = (shape[0], shape[1] * 32 // parameters["bits"])
             if shapes.setdefault(projection, shape) != shape or shape not in (good[projection], miscut[projection]):
                 raise CheckpointError(
-                    f"{names[0]}.weight: expected the shape {list(good[projection])}, found {list(shape)}. "
+                    f"{name}.weight: expected the shape {list(good[projection])}, found {list(shape)}. "
                     "Are hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
                 )
     # One of the two kinds of shapes may coincide (H = 2I or H = I), never both.

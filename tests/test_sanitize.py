@@ -14,6 +14,7 @@ from mlx_lm.utils import load_config
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 from mlx_lm_qwen3vlmoe.sanitize import sanitize
 
+QUANTIZED = FIXTURES.parent / "quantized" / "fixtures"
 E, H, I, L = 3, 6, 5, 2  # noqa: E741 - experts, hidden, expert width, layers: no two axes alike
 ATTENTION = {
     "self_attn.q_proj.weight": (8, H),
@@ -171,6 +172,17 @@ def test_part_of_the_layers_is_enough():
     assert same(sanitize(part, args()), {name: array for name, array in whole.items() if "layers.0." in name})
 
 
+def test_a_file_that_ends_between_a_weight_and_its_scale_is_enough_too():
+    weights = mx.load(str(QUANTIZED / "fp8-perexpert" / "model.safetensors"))
+    part = {name: array for name, array in weights.items() if "layers.0." in name}
+    del part["model.language_model.layers.0.mlp.experts.2.up_proj.weight_scale_inv"]
+    del part["model.language_model.layers.0.mlp.experts.1.up_proj.weight"]
+    model = Model(ModelArgs.from_dict(load_config(QUANTIZED / "fp8-perexpert")))
+    found = model.sanitize(part)
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in found
+    assert [name for name in found if "switch_mlp" in name] == []
+
+
 @pytest.mark.parametrize("source", [official, per_expert])
 def test_a_file_that_ends_in_the_middle_of_a_layer_is_enough_for_a_pipeline_stage(source):
     part = {name: array for name, array in source().items() if "layers.0." in name}
@@ -236,7 +248,7 @@ def test_a_broken_checkpoint_is_one_error_that_names_the_tensor(change, message)
         ({"3.up_proj": (I, H)}, r"experts\.3\.up_proj\.weight: expected experts 0 to 2"),
         ({"2.up_proj": (I, H + 1)}, r"experts\.2\.up_proj\.weight: expected the shape \[5, 6\], found \[5, 7\]"),
         ({"2.up_proj": (H, I)}, r"experts\.2\.up_proj\.weight: expected the shape \[5, 6\], found \[6, 5\]"),
-        ({"up_proj.2": (I, H)}, r"expected one tensor for this expert"),
+        ({"up_proj.2": (I, H)}, r"expected one tensor for .*experts\.2\.up_proj\.weight, found two"),
     ],
 )
 def test_a_broken_expert_is_one_error_that_names_it(change, message):
