@@ -13,8 +13,10 @@ import pytest
 from conftest import OURS, ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
-from mlx_lm.utils import load_config, load_model
+from mlx import nn, optimizers
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import dequantize_model, load_config, load_model
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
 
@@ -287,17 +289,55 @@ def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_pat
     assert float(error) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["awq-g32-bf16", "ct-mixed", "gptq-w4-asym", "fp8-fused-official"])
-def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("awq-g32-bf16", []),
+        ("awq-g32-bf16", ["--dequantize"]),
+        ("ct-mixed", []),
+        ("gptq-w4-asym", []),
+        ("fp8-fused-official", []),
+    ],
+)
+def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, options, tmp_path):
     """The real command, which casts to the checkpoint's dtype: exact zero points come through."""
     source = tmp_path / "source"
     shutil.copytree(FIXTURES / name, source, ignore=shutil.ignore_patterns("golden*"))
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         shutil.copy(ROOT / "examples" / "tiny-qwen3-vl-moe" / file, source)
-    run(Path(sys.executable).parent / "mlx_lm.convert", "--hf-path", source, "--mlx-path", tmp_path / "out")
+    run(Path(sys.executable).parent / "mlx_lm.convert", "--hf-path", source, "--mlx-path", tmp_path / "out", *options)
     expected = FIXTURES / name / "golden.safetensors"
     done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path / "out", expected, env={"MLX_LM_PLUGINS": "0"})
     assert float(done.stdout.split()[1]) < (0.01 if name in FLOAT else 1e-4)  # bfloat16 rounds a float weight
+
+
+@pytest.mark.parametrize("name", ["awq-g32-bf16", "gptq-w4-sym", "ct-mxfp4"])
+def test_lora_trains_on_a_packed_base_and_fuses(name):
+    """With the host's own tuner, on attention and experts."""
+    model, _ = load(FIXTURES / name)
+    ids = golden(name)["ids"]
+    mx.random.seed(0)
+    model.freeze()
+    linear_to_lora_layers(model, 3, {"rank": 4, "scale": 4.0, "dropout": 0.0})
+    model.train()
+
+    def loss(model):
+        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+
+    step, optimizer, losses = nn.value_and_grad(model, loss), optimizers.Adam(learning_rate=2e-3), []
+    for _ in range(8):
+        value, gradients = step(model)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+        losses.append(value.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+    model.eval()
+    model.set_dtype(mx.float32, lambda dtype: dtype in (mx.bfloat16, mx.float16, mx.float32))
+    tuned = model(ids)
+    fused = [(path, layer.fuse(dequantize=True)) for path, layer in model.named_modules() if hasattr(layer, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    assert mx.abs(dequantize_model(model)(ids) - tuned).max() < 1e-2 * mx.abs(tuned).max()
 
 
 @pytest.mark.parametrize("place", ["top", "text_config", "hf_quant_config.json"])
