@@ -3,7 +3,7 @@
     python benchmarks/convert_memory.py [--layers 8] [--experts 32]
 
 Makes a checkpoint with the layer shapes of Qwen3-VL-30B-A3B (fewer layers and experts, random values, block FP8, one
-tensor an expert, one file a layer), converts it in a process of its own, and prints that process's peak resident memory.
+tensor an expert, one file a layer), converts it in a process of its own, and prints that process's peak memory.
 """
 
 import argparse
@@ -25,6 +25,28 @@ def fp8(out: int, inputs: int) -> tuple[mx.array, mx.array]:
     """Random e4m3 codes (no NaN) and the scales of blocks of 128 by 128."""
     codes = mx.random.randint(0, 120, (out, inputs)).astype(mx.uint8)
     return codes, mx.random.uniform(1e-4, 2e-4, (out // 128, inputs // 128))
+
+
+def linears(n: int, experts: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes, ``(out, in)``, of what layer ``n`` stores in FP8."""
+    prefix = f"model.language_model.layers.{n}"
+    shapes = {f"{prefix}.self_attn.{p}_proj": (KV_HEADS * HEAD_DIM, HIDDEN) for p in "kv"}
+    shapes[f"{prefix}.self_attn.q_proj"] = HEADS * HEAD_DIM, HIDDEN
+    shapes[f"{prefix}.self_attn.o_proj"] = HIDDEN, HEADS * HEAD_DIM
+    for e in range(experts):
+        shapes |= {f"{prefix}.mlp.experts.{e}.{p}_proj": (WIDTH, HIDDEN) for p in ("gate", "up")}
+        shapes[f"{prefix}.mlp.experts.{e}.down_proj"] = HIDDEN, WIDTH
+    return shapes
+
+
+def layer(n: int, experts: int) -> dict[str, mx.array]:
+    """What layer ``n`` stores in bfloat16."""
+    prefix = f"model.language_model.layers.{n}"
+    return {
+        **{f"{prefix}.{p}_layernorm.weight": mx.ones((HIDDEN,)) for p in ("input", "post_attention")},
+        **{f"{prefix}.self_attn.{p}_norm.weight": mx.ones((HEAD_DIM,)) for p in "qk"},
+        f"{prefix}.mlp.gate.weight": mx.random.normal((experts, HIDDEN)),
+    }
 
 
 def write(folder: Path, layers: int, experts: int) -> tuple[int, int]:
@@ -54,27 +76,11 @@ def write(folder: Path, layers: int, experts: int) -> tuple[int, int]:
     }
     stored = full = 0
     for n in range(-1, layers):
-        weights = {name: array.astype(mx.bfloat16) for name, array in floats.items()} if n < 0 else {}
-        linears = {} if n < 0 else {
-            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-        }
-        prefix = f"model.language_model.layers.{n}."
-        if n >= 0:
-            for e in range(experts):
-                linears |= {f"mlp.experts.{e}.{p}_proj": (WIDTH, HIDDEN) for p in ("gate", "up")}
-                linears[f"mlp.experts.{e}.down_proj"] = (HIDDEN, WIDTH)
-            for name, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN)):
-                weights[f"{prefix}{name}.weight"] = mx.ones((size,), mx.bfloat16)
-            for name in ("q_norm", "k_norm"):
-                weights[f"{prefix}self_attn.{name}.weight"] = mx.ones((HEAD_DIM,), mx.bfloat16)
-            weights[f"{prefix}mlp.gate.weight"] = mx.random.normal((experts, HIDDEN)).astype(mx.bfloat16)
+        weights = {name: array.astype(mx.bfloat16) for name, array in (layer(n, experts) if n >= 0 else floats).items()}
         full += sum(array.nbytes for array in weights.values())
-        for name, shape in linears.items():
-            weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.weight_scale_inv"] = fp8(*shape)
-            full += 2 * shape[0] * shape[1]
+        for name, (out, inputs) in linears(n, experts).items() if n >= 0 else ():
+            weights[f"{name}.weight"], weights[f"{name}.weight_scale_inv"] = fp8(out, inputs)
+            full += 2 * out * inputs
         stored += sum(array.nbytes for array in weights.values())
         mx.save_safetensors(str(folder / f"model-{n + 1:05d}.safetensors"), weights, {"format": "pt"})
     return stored, full

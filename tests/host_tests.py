@@ -20,7 +20,7 @@ import mlx.core as mx
 def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         source = f"mlx-lm=={version('mlx-lm')}"
-        pip = [sys.executable, *"-m pip download -q --no-deps --no-binary :all:".split()]
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
         run([*pip, "-d", temporary, source], check=True)
         (archive,) = Path(temporary).glob("*.tar.gz")
         with tarfile.open(archive) as tar:
