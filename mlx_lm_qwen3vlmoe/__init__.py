@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CheckpointError": "errors",
+    "HostError": "errors",
     "Model": "model",
     "ModelArgs": "model",
     "PluginError": "registry",

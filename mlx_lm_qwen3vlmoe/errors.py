@@ -1,4 +1,4 @@
-"""The exception for a checkpoint that cannot be loaded."""
+"""The exceptions for a checkpoint, and for a host, that this package cannot work with."""
 
 
 class CheckpointError(ValueError):
@@ -10,3 +10,7 @@ class CheckpointError(ValueError):
 
 class MissingTensorError(CheckpointError):
     """A tensor lacks the others of its layer, which is no error in a part of a checkpoint."""
+
+
+class HostError(RuntimeError):
+    """The installed mlx-lm lacks something that this package builds on."""

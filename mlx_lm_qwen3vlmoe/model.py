@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,8 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import config
+from . import __version__, config
+from .errors import HostError
 from .quantization import describe
 from .sanitize import sanitize
 
@@ -61,6 +63,13 @@ class ModelArgs(BaseModelArgs):
         )
 
 
+def _host_error(what: str) -> HostError:
+    return HostError(
+        f"mlx-lm {version('mlx-lm')} is not what mlx-lm-qwen3vlmoe {__version__} was made for: {what}. "
+        "Update mlx-lm-qwen3vlmoe, or install an older mlx-lm."
+    )
+
+
 class Model(nn.Module):
     """The host's ``qwen3_moe.Model`` as ``language_model``, with YaRN where the config asks for it."""
 
@@ -69,6 +78,9 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         text = args.text_config
+        for name, parameter in inspect.signature(qwen3_moe.ModelArgs).parameters.items():
+            if parameter.default is parameter.empty and name not in text:
+                raise _host_error(f"its qwen3_moe needs the field {name}, which no Qwen3-VL-MoE config has")
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
         if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
             rope = initialize_rope(
@@ -84,10 +96,12 @@ class Model(nn.Module):
             """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place."""
             return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
 
-    else:  # mlx-lm 0.28.2
+    else:
 
-        def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:  # type: ignore[misc]
+        def __call__(self, inputs: mx.array, cache: Any = None, **others: Any) -> mx.array:  # type: ignore[misc]
             """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``."""
+            if others:
+                raise TypeError(f"{', '.join(others)}: input_embeddings needs mlx-lm 0.28.3 or newer")
             return self.language_model(inputs, cache=cache)
 
     if hasattr(qwen3_moe.Model, "shard"):
@@ -96,9 +110,21 @@ class Model(nn.Module):
             """Keep this rank's part of every layer, for tensor parallelism (the host's own implementation)."""
             self.language_model.shard(group)
 
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "shard":
+                raise AttributeError("shard: tensor parallelism needs mlx-lm 0.32.0 or newer")
+            return super().__getattr__(name)
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
-        return sanitize(weights, self.args)
+        weights = sanitize(weights, self.args)
+        modules = {path for path, _ in self.named_modules()}
+        for name in weights:
+            if (path := name.rpartition(".")[0]) not in modules:
+                raise _host_error(f"its qwen3_moe has no {path}")
+        return weights
 
     @property
     def model(self) -> nn.Module:

@@ -24,6 +24,7 @@ unquantized that their description names, and the reverse. Nothing is evaluated.
 from __future__ import annotations
 
 import functools
+import io
 import math
 from typing import Any
 
@@ -86,7 +87,8 @@ def decode(
 
     Args:
         name: of the layer, for errors and for the targets of compressed-tensors' groups.
-        tensors: suffix → array. A float8 e4m3 array comes as ``uint8``, as `mlx.core.load` gives it.
+        tensors: suffix → array. A float8 e4m3 array comes as `mlx.core.load` gives it, its codes in
+            ``uint8`` (before MLX 0.30.6 its values in bfloat16).
         config: what `describe` gives.
         dtype: of the float weight, where MLX cannot express the format.
         global_scale: whether the layer can hold NVFP4's second scale.
@@ -117,10 +119,12 @@ def decode(
         result = _nvfp4(layer, layer.take("weight"), scale, global_scale)
     elif weight is not None and weight.dtype == mx.int8:
         result = _int8(layer)
-    elif weight is not None and weight.dtype == mx.uint8 and layer.has_bytes("weight_scale"):
+    elif weight is not None and weight.dtype == _loaded_e4m3() and layer.has_bytes("weight_scale"):
         result = _microscaled(layer, "weight")
-    elif weight is not None and weight.dtype == mx.uint8:
+    elif weight is not None and weight.dtype == _loaded_e4m3():
         result = _fp8(layer)
+    elif weight is not None and weight.dtype == mx.uint8 and layer.has_bytes("weight_scale"):
+        result = _microscaled(layer, "weight")  # ModelOpt MXFP4, where e4m3 is not uint8
     elif weight is None:
         layer.take("weight")
     else:
@@ -357,7 +361,7 @@ def _microscaled(layer: _Layer, suffix: str) -> tuple[Tensors, Parameters | None
     outputs, size = weight.shape
     layer.check("weight_scale", scales, (outputs, size // 16), (outputs, size // 32))
     mode, bits = ("mxfp4", 4) if scales.shape[1] == size // 16 else ("mxfp8", 8)
-    if _has_mode(mode):
+    if _has_mode(mode) and weight.dtype == mx.uint8:  # not the values that an older MLX has decoded
         return {"weight": weight.view(mx.uint32), "scales": scales}, {"group_size": 32, "bits": bits, "mode": mode}
     values = _fp4(weight) if bits == 4 else _e4m3(weight)
     return {"weight": (values * mx.repeat(_e8m0(scales), 32, 1)).astype(layer.dtype)}, None
@@ -424,10 +428,19 @@ def _block_size(layer: _Layer) -> tuple[int, int]:
 
 
 @functools.cache
+def _loaded_e4m3() -> Any:
+    """What `mlx.core.load` makes of float8 e4m3 here, from a file of one element."""
+    header = b'{"x":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    file = io.BytesIO(len(header).to_bytes(8, "little") + header + b"\0")
+    arrays: Any = mx.load(file, format="safetensors")
+    return arrays["x"].dtype
+
+
+@functools.cache
 def _has_mode(mode: str) -> bool:
     """Whether this MLX knows a quantization mode."""
     try:
-        mx.quantize(mx.zeros((1, 32)), mode=mode)
+        mx.quantize(mx.zeros((1, 32)), 32, {"mxfp4": 4, "mxfp8": 8}[mode], mode=mode)
     except (TypeError, ValueError):
         return False
     return True
@@ -448,7 +461,8 @@ def _table(bits: int) -> mx.array:
 
 
 def _e4m3(codes: mx.array) -> mx.array:
-    return _table(8)[codes]
+    """The values of e4m3 in float32, from its codes, or from what an older MLX has decoded."""
+    return _table(8)[codes] if codes.dtype == mx.uint8 else codes.astype(mx.float32)
 
 
 def _fp4(pairs: mx.array) -> mx.array:

@@ -17,7 +17,7 @@ def test_the_wheel_holds_the_package_the_start_up_files_and_nothing_else(wheel):
         callable_ = archive.read("mlx_lm_qwen3vlmoe_startup.start").decode()
     modules = {
         f"mlx_lm_qwen3vlmoe/{name}.py"
-        for name in ("__init__", "config", "errors", "model", "quantization", "registry", "sanitize")
+        for name in ("__init__", "__main__", "config", "errors", "model", "quantization", "registry", "sanitize")
     }
     assert files == {
         *modules,
@@ -45,4 +45,4 @@ def test_the_metadata_says_what_is_needed(wheel):
     needed = {line.split(";")[0].split(">")[0].strip() for line in metadata.get_all("Requires-Dist") if ";" not in line}
     assert needed == {"mlx", "mlx-lm", "importlib-metadata"}
     assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda12", "cuda13", "test", "bench", "dev"}
-    assert points.split() == ["[mlx_lm.models]", "qwen3_vl_moe", "=", "mlx_lm_qwen3vlmoe.model"]
+    assert "[mlx_lm.models]\nqwen3_vl_moe = mlx_lm_qwen3vlmoe.model\n" in points
