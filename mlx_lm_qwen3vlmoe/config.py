@@ -100,9 +100,9 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True
     _normalize_rope(text, str(config.get("transformers_version") or ""))
-    # `mlx_lm.convert` looks for the dtype here, transformers 5 may write it at the top level only.
-    if text.get("dtype") is None and (dtype := config.get("dtype") or config.get("torch_dtype")):
-        text["dtype"] = dtype
+    # `mlx_lm.convert` looks for the dtype in one of these, by its version; transformers 5 may write it elsewhere.
+    if dtype := text.get("dtype") or config.get("dtype") or config.get("torch_dtype"):
+        text["dtype"] = config["torch_dtype"] = dtype
     # The head is always a tensor of its own (shared with the embeddings, not copied, in a tied model): what is saved
     # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head.
     text["tie_word_embeddings"] = False

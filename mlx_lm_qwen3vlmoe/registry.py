@@ -30,7 +30,8 @@ MARKER = "mlx_lm_models_finder"  # every copy of this file looks for it; the val
 class PluginError(RuntimeError):
     """A plug-in that claims the requested model type cannot serve it.
 
-    Not an ``ImportError``: mlx-lm reports those as "model type not supported" and hides the cause.
+    Not an ``ImportError``: mlx-lm reports those as "model type not supported" and hides the cause. Raised by the copy
+    of this file that serves, whose class it is: a caller with another copy catches ``RuntimeError``.
     """
 
 
@@ -138,6 +139,10 @@ class Finder:
             self._scan = Scan()
         return self._scan
 
+    def invalidate_caches(self) -> None:
+        """Read the entry points again: `importlib.invalidate_caches` says that something was installed."""
+        self._scan = None
+
     def plugin(self, model_type: str) -> Plugin | None:
         """The plug-in that serves a model type, or None; raise `PluginError` when more than one claims it."""
         claimants = self.scan.plugins.get(model_type)
@@ -214,7 +219,8 @@ def install() -> bool:
 def get_model_classes(config: "dict[str, Any]") -> tuple[type, type]:
     """``(Model, ModelArgs)`` for a config, for ``mlx_lm.utils.load_model(get_model_classes=...)``.
 
-    The plug-in that claims ``config["model_type"]``, with or without the finder in force; else the host's own answer.
+    The plug-in that claims ``config["model_type"]`` as it stands, with or without the finder in force; else the host's
+    own answer, under the name that the host gives the type.
     Raises `PluginError` when a plug-in claims the type and cannot serve it, `ValueError` for an unknown type.
     """
     plugin = Finder().plugin(config["model_type"])

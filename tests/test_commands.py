@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import pytest
 from conftest import CLEAN, ROOT, TINY, run
 
 BIN = Path(sys.executable).parent
+HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
 UNCHANGED = {"MLX_LM_PLUGINS": "0"}
 
 
@@ -96,9 +98,13 @@ def adapters(work, tiny_questions) -> Path:
 
 
 def train(model: Path, data: Path, adapters: Path, iterations: int) -> None:
+    settings = adapters.with_suffix(".json")  # as YAML, which JSON is
+    attention = {"keys": ["self_attn.q_proj", "self_attn.v_proj"], "rank": 8, "scale": 20.0, "dropout": 0.0}
+    # mlx-lm 0.28.2 cannot train adapters of experts, of any model.
+    settings.write_text(json.dumps({"lora_parameters": attention} if HOST < (0, 28, 3) else {}))
     mlx_lm(
         *("lora", "--train", "--model", model, "--data", data, "--adapter-path", adapters, "--batch-size", 4),
-        *("--iters", iterations, "--learning-rate", 2e-4, "--num-layers", 4, "--val-batches", 1),
+        *("--config", settings, "--iters", iterations, "--learning-rate", 2e-4, "--num-layers", 4, "--val-batches", 1),
     )
 
 
@@ -159,13 +165,18 @@ def serving(model: Path, log: Path):
             server.wait(30)
 
 
+def ended(text: str) -> str:
+    """The servers of mlx-lm before 0.30 leave the end token in what they answer, for any model."""
+    return text.removesuffix("<|im_end|>") if HOST < (0, 30) else text
+
+
 def test_server_completes_streams_and_reuses_the_prompt_cache(tiny_questions, tmp_path):
     first, second = tiny_questions[0], tiny_questions[5]
     with serving(TINY, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
         chat = [{"role": "user", "content": first["question"]}]
         reply = client.chat.completions.create(model=str(TINY), messages=chat)
-        assert reply.choices[0].message.content == first["answer"]
+        assert ended(reply.choices[0].message.content) == first["answer"]
         assert reply.choices[0].finish_reason == "stop"
 
         # The second request continues the first: its prompt begins with what the server has in its cache.
@@ -174,13 +185,14 @@ def test_server_completes_streams_and_reuses_the_prompt_cache(tiny_questions, tm
             model=str(TINY), messages=chat, stream=True, stream_options={"include_usage": True}
         )
         chunks = list(stream)
-        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == second["answer"]
+        assert ended("".join(c.choices[0].delta.content or "" for c in chunks if c.choices)) == second["answer"]
         assert len(chunks) > 5
-        usage = next(chunk.usage for chunk in chunks if chunk.usage)
-        assert usage.prompt_tokens_details.cached_tokens > 10
+        if HOST >= (0, 32):  # older servers do not report it
+            usage = next(chunk.usage for chunk in chunks if chunk.usage)
+            assert usage.prompt_tokens_details.cached_tokens > 10
 
         plain = f"<|im_start|>user\n{first['question']}<|im_end|>\n<|im_start|>assistant\n"
-        assert client.completions.create(model=str(TINY), prompt=plain).choices[0].text == first["answer"]
+        assert ended(client.completions.create(model=str(TINY), prompt=plain).choices[0].text) == first["answer"]
 
 
 def test_convert_to_float_and_load_in_the_unchanged_host(work, question):

@@ -214,6 +214,22 @@ def test_any_distribution_can_bring_a_model_type(fresh):
     assert done.stdout.strip() == "my_module"
 
 
+def test_a_plugin_installed_while_the_interpreter_runs_is_found_after_invalidating_caches(fresh):
+    fresh.add_distribution("later", "[mlx_lm.models]\nlate_type = late_module\n", {"late_module": MODEL})
+    info = fresh.site / "later-1.0.dist-info"
+    info.rename(fresh.site / "later.away")
+    done = fresh.run(
+        "import importlib, os, sys\n"
+        "try: importlib.import_module('mlx_lm.models.late_type')\n"
+        "except ImportError: os.rename(sys.argv[1], sys.argv[2])\n"
+        "importlib.invalidate_caches()\n"
+        "print(importlib.import_module('mlx_lm.models.late_type').__name__)",
+        fresh.site / "later.away",
+        info,
+    )
+    assert done.stdout.strip() == "late_module"
+
+
 def test_a_plugin_may_extend_the_hosts_module_of_the_same_name(fresh):
     source = "from mlx_lm.models.llama import Model as Base, ModelArgs\nclass Model(Base): pass\n"
     fresh.add_distribution("llama-plus", "[mlx_lm.models]\nllama = llama_plus\n", {"llama_plus": source})
