@@ -19,6 +19,7 @@ from conftest import CLEAN, ROOT, TINY, run
 
 BIN = Path(sys.executable).parent
 HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
+HOST_HAS_THE_TYPE = HOST >= (0, 28, 3)  # by itself, before this package
 UNCHANGED = {"MLX_LM_PLUGINS": "0"}
 
 
@@ -54,6 +55,8 @@ def logits(model: Path, tmp_path: Path, who: str, *arguments: str, **options) ->
 
 
 def assert_same_in_unchanged_host(model: Path, tmp_path: Path, *arguments: str) -> None:
+    if not HOST_HAS_THE_TYPE:
+        return
     ours = logits(model, tmp_path, "mlx_lm_qwen3vlmoe.", *arguments)
     theirs = logits(model, tmp_path, "mlx_lm.models.", *arguments, env=UNCHANGED)
     assert (mx.abs(ours - theirs).max() / mx.abs(ours).max()).item() < 1e-5
@@ -212,7 +215,8 @@ def test_convert_quantized_and_load_in_the_unchanged_host(quantized, work, quest
     assert config["quantization"]["bits"] == bits
     assert config["quantization"]["language_model.model.layers.0.mlp.gate"]["bits"] == 8  # the router
     assert answer(path, question["question"]) == question["answer"]
-    assert answer(path, question["question"], env=UNCHANGED) == question["answer"]
+    if HOST_HAS_THE_TYPE:
+        assert answer(path, question["question"], env=UNCHANGED) == question["answer"]
     assert_same_in_unchanged_host(path, work, "as stored")
 
 
@@ -270,7 +274,8 @@ def test_perplexity_is_the_same_as_in_the_unchanged_host(quantized, work, tiny_q
         output = mlx_lm("perplexity", "--model", model, *arguments, **options)
         return float(re.search(r"Perplexity: ([\d.]+)", output)[1])
 
-    assert perplexity(quantized[8]) == perplexity(quantized[8], env=UNCHANGED)
+    if HOST_HAS_THE_TYPE:
+        assert perplexity(quantized[8]) == perplexity(quantized[8], env=UNCHANGED)
     assert perplexity(TINY) == pytest.approx(perplexity(quantized[8]), rel=0.2)
 
 

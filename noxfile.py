@@ -1,0 +1,67 @@
+"""The built wheel on every mlx-lm from 0.28.2 on, and on every Python: `make matrix`, or `nox -s 'hosts(0.30.7)'`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False  # the hosts run on the Python at hand, the others where there are any
+
+# mlx-lm → what it ran with when it was new. On Linux mlx needs a backend.
+OLD = ["transformers==4.57.6", "huggingface-hub<1.0", "datasets<5"]
+HOSTS = {
+    "0.28.2": ["mlx==0.29.2", "mlx[cpu]==0.29.2; sys_platform == 'linux'", *OLD],
+    "0.28.3": ["mlx==0.29.2", "mlx[cpu]==0.29.2; sys_platform == 'linux'", *OLD],
+    "0.29.1": ["mlx==0.29.4", "mlx[cpu]==0.29.4; sys_platform == 'linux'", *OLD],
+    "0.30.2": ["mlx==0.30.1", "mlx[cpu]==0.30.1; sys_platform == 'linux'"],
+    "0.30.7": ["mlx==0.30.6", "mlx[cpu]==0.30.6; sys_platform == 'linux'"],
+    "0.31.3": ["mlx==0.31.2", "mlx[cpu]==0.31.2; sys_platform == 'linux'"],
+    "newest": ["mlx", "mlx[cpu]; sys_platform == 'linux'"],
+}
+# What a host or its MLX cannot do, for any model: tests by name, and the last mlx-lm that cannot.
+LIMITS = {
+    "test_what_convert_saves_gives_the_same_logits_in_the_unchanged_host": "0.28.2",  # it has no type of its own
+    "test_what_is_saved_gives_the_same_logits_in_the_unchanged_host": "0.28.2",
+    "test_mlx_lm_convert_writes_what_the_unchanged_host_loads": "0.28.2",
+    "test_input_embeddings_stand_in_for_token_ids": "0.28.2",
+    "test_benchmark_runs": "0.28.2",  # it looks for vocab_size outside text_config
+    "test_lora_trains_on_a_packed_base_and_fuses": "0.28.3",  # adapters of experts do not run, then do not dequantize
+    "test_what_mlx_can_express_stays_packed[ct-mxfp8]": "0.30.2",  # MLX decodes float8 while it loads
+    "test_packed_layers_take_the_memory_of_the_file[ct-mxfp8]": "0.30.2",
+    "fp8-perexpert-ue8m0": "0.31.3",  # MLX cannot load the dtype
+    "test_small_floats_are_what_mlx_has": "0.30.2",
+    "test_nothing_is_evaluated_while_loading_lazily": "0.31.3",  # walks through all fixtures
+}
+# Every Python that the hosts allow, with the newest host that allows it.
+PYTHONS = {"3.10": "0.31.3", "3.12": "newest", "3.13": "newest"}
+
+
+def run_on(session: nox.Session, host: str, *files: str) -> None:
+    """Install the wheel beside a host, and run the tests of these files that the host can pass."""
+    wheels = Path(session.create_tmp()) / "wheel"
+    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), ".")
+    (wheel,) = wheels.glob("*.whl")
+    session.install(f"{wheel}[test]", "mlx-lm" if host == "newest" else f"mlx-lm=={host}", *HOSTS[host])
+    ordered = list(HOSTS)
+    beyond = [test for test, last in LIMITS.items() if ordered.index(host) <= ordered.index(last)]
+    session.chdir("tests")  # away from the sources: the wheel is tested
+    selection = ["-k", " and ".join(f"not {test}" for test in beyond)] if beyond else []
+    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *selection)
+
+
+@nox.session
+@nox.parametrize("host", [nox.param(host, id=host) for host in HOSTS])
+def hosts(session: nox.Session, host: str) -> None:
+    """All layouts and formats, and the real commands, on one mlx-lm."""
+    run_on(
+        session, host, "test_layouts.py", "test_quantized.py", "test_sanitize.py", "test_config.py", "test_commands.py"
+    )
+
+
+@nox.session
+@nox.parametrize("python,host", [nox.param(python, host, id=f"{python}-{host}") for python, host in PYTHONS.items()])
+def pythons(session: nox.Session, host: str) -> None:
+    """All layouts and formats on another Python."""
+    run_on(session, host, "test_layouts.py", "test_quantized.py")
