@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint matrix clean
 
 demo: $(VENV)/demo.stamp
 	@echo "\$$ mlx_lm.generate --model $(MODEL) --prompt \"$(QUESTION)\""
@@ -31,6 +31,9 @@ $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
+
+matrix: $(VENV)/dev.stamp
+	$(BIN)/nox
 
 clean:
 	rm -rf $(VENV) build dist
