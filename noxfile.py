@@ -31,7 +31,9 @@ LIMITS = {
     "test_what_mlx_can_express_stays_packed[ct-mxfp8]": "0.30.2",  # MLX decodes float8 while it loads
     "test_packed_layers_take_the_memory_of_the_file[ct-mxfp8]": "0.30.2",
     "fp8-perexpert-ue8m0": "0.31.3",  # MLX cannot load the dtype
-    "test_small_floats_are_what_mlx_has": "0.30.2",
+    "test_a_broken_quantized_checkpoint_names_the_tensor[fp8-perexpert-change0": "0.30.2",  # the same
+    "test_small_floats_are_what_mlx_has": "0.31.3",  # MLX gives no NaN
+    "test_nvfp4_experts_stay_packed": "0.31.3",  # MLX has no global scale
     "test_nothing_is_evaluated_while_loading_lazily": "0.31.3",  # walks through all fixtures
 }
 # Every Python that the hosts allow, with the newest host that allows it.

@@ -138,11 +138,11 @@ def dequantize(tensors: Tensors, parameters: Parameters, dtype: mx.Dtype) -> mx.
     """The float weight of MLX's packed tensors."""
     options = {name: value for name, value in parameters.items() if name != "global_scale"}
     if "global_scale" in tensors:
-        options["global_scale"] = tensors["global_scale"]
+        options |= {"global_scale": tensors["global_scale"], "dtype": mx.float32}
     if "biases" in tensors:
         scales, biases = (tensors[name].astype(mx.float32) for name in ("scales", "biases"))
-    else:
-        scales, biases, options["dtype"] = tensors["scales"], None, mx.float32
+    else:  # bfloat16 holds a small float times a power of two
+        scales, biases = tensors["scales"], None
     return mx.dequantize(tensors["weight"], scales, biases, **options).astype(dtype)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, run
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config
 
@@ -135,18 +136,23 @@ def test_layers_of_different_layouts_may_be_mixed():
     assert same(sanitize(mixed, args()), sanitize(official(), args()))
 
 
+UNEVALUABLE = """
+import mlx.core as mx
+x = mx.ones((1, 1, 1), mx.bfloat16)
+poison = mx.gather_mm(x, x, rhs_indices=mx.zeros((1,), mx.uint32))[0, 0, 0].astype(mx.float32)
+"""
+
+
 def test_nothing_is_evaluated():
-    """An array that cannot be evaluated goes all the way through."""
-    poisoned = {name: mx.zeros(array.shape) + unevaluable() for name, array in official().items()}
-    found = sanitize(poisoned, args())
-    with pytest.raises(RuntimeError, match="Currently only supports float32"):
-        mx.eval(found)
-
-
-def unevaluable() -> mx.array:
-    """A lazy scalar whose evaluation raises on this backend."""
-    x = mx.ones((1, 1, 1), mx.bfloat16)
-    return mx.gather_mm(x, x, rhs_indices=mx.zeros((1,), mx.uint32))[0, 0, 0].astype(mx.float32)
+    """An array whose evaluation ends the process goes all the way through."""
+    code = UNEVALUABLE + (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_sanitize import args, official, sanitize\n"
+        "found = sanitize({name: mx.zeros(array.shape) + poison for name, array in official().items()}, args())\n"
+        "print(len(found))"
+    )
+    assert int(run(sys.executable, "-c", code, FIXTURES.parent).stdout) == len(sanitize(official(), args()))
+    assert run(sys.executable, "-c", UNEVALUABLE + "mx.eval(poison)", check=False).returncode != 0
 
 
 def test_sanitizing_twice_changes_nothing():
