@@ -74,14 +74,12 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     for field, default in _DEFAULTS.items():
         if text.get(field) is None:
             text[field] = list(default) if isinstance(default, list) else default
-    for field in _REQUIRED:
-        if field not in text:
-            raise _error(field, "a positive integer", "nothing")
-    if text.get("head_dim") is None:
-        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
     for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
-        if type(text[field]) is not int or text[field] <= 0:
-            raise _error(field, "a positive integer", text[field])
+        if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
+            text[field] = text["hidden_size"] // text["num_attention_heads"]
+        value = text.get(field, "nothing")
+        if type(value) is not int or value <= 0:
+            raise _error(field, "a positive integer", value)
     if text["num_attention_heads"] % text["num_key_value_heads"]:
         raise _error(
             "num_key_value_heads", f"a divisor of {text['num_attention_heads']} heads", text["num_key_value_heads"]

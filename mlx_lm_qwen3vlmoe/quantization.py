@@ -114,19 +114,17 @@ def decode(
         result = _nvfp4(layer, layer.take("weight_packed"), scale, global_scale)
     elif "weight_packed" in tensors:
         result = _microscaled(layer, "weight_packed")
-    elif weight is not None and "weight_scale_2" in tensors:
-        scale = layer.take("weight_scale_2").astype(mx.float32)
-        result = _nvfp4(layer, layer.take("weight"), scale, global_scale)
-    elif weight is not None and weight.dtype == mx.int8:
-        result = _int8(layer)
-    elif weight is not None and weight.dtype == _loaded_e4m3() and layer.has_bytes("weight_scale"):
-        result = _microscaled(layer, "weight")
-    elif weight is not None and weight.dtype == _loaded_e4m3():
-        result = _fp8(layer)
-    elif weight is not None and weight.dtype == mx.uint8 and layer.has_bytes("weight_scale"):
-        result = _microscaled(layer, "weight")  # ModelOpt MXFP4, where e4m3 is not uint8
     elif weight is None:
         layer.take("weight")
+    elif "weight_scale_2" in tensors:
+        scale = layer.take("weight_scale_2").astype(mx.float32)
+        result = _nvfp4(layer, layer.take("weight"), scale, global_scale)
+    elif weight.dtype == mx.int8:
+        result = _int8(layer)
+    elif weight.dtype in (mx.uint8, _loaded_e4m3()) and layer.has_bytes("weight_scale"):
+        result = _microscaled(layer, "weight")
+    elif weight.dtype == _loaded_e4m3():
+        result = _fp8(layer)
     else:
         raise layer.error("weight", "a known quantized format", f"{weight.dtype} beside {sorted(tensors)}")
     if layer.tensors:

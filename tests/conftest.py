@@ -68,13 +68,17 @@ class Environment:
             (self.site / f"{module}.py").write_text(source)
 
 
+def build(kind: str, out: Path, tree: Path = ROOT) -> Path:
+    """Build the ``wheel`` or the ``sdist`` of a tree."""
+    run(sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out, tree)
+    (built,) = out.glob({"wheel": "*.whl", "sdist": "*.tar.gz"}[kind])
+    return built
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """The wheel as a release would build it."""
-    out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT)
-    (built,) = out.glob("*.whl")
-    return built
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")

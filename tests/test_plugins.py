@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, ROOT, TINY, Environment, run
+from conftest import OURS, ROOT, TINY, Environment, build, run
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
@@ -45,16 +44,10 @@ def finders(environment: Environment) -> str:
     return environment.run(FINDERS).stdout.strip()
 
 
-def build(source: Path, out: Path) -> Path:
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source)
-    (built,) = out.glob("*.whl")
-    return built
-
-
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> Path:
     """The wheel of the example."""
-    return build(EXAMPLE, tmp_path_factory.mktemp("example"))
+    return build("wheel", tmp_path_factory.mktemp("example"), EXAMPLE)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,7 @@ def example_with_finder(tmp_path_factory) -> Path:
     assert ', "mlx-lm-qwen3vlmoe"]' in project
     project = project.replace(', "mlx-lm-qwen3vlmoe"]', "]")
     (tree / "pyproject.toml").write_text(f"{project}\n{documented(after='root of site-packages')}")
-    return build(tree, tree / "dist")
+    return build("wheel", tree / "dist", tree)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import OURS, ROOT, TINY, Environment, run
+from conftest import OURS, ROOT, TINY, Environment, build, run
 
 NAME = "mlx-lm-qwen3vlmoe"
 HOSTS = "mlx_lm.models.qwen3_vl_moe"
@@ -86,10 +86,7 @@ def pipx(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT)
-    (built,) = out.glob("*.tar.gz")
-    return built
+    return build("sdist", tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +104,8 @@ def newer(tmp_path_factory) -> Path:
     (package / "newer.py").write_text(
         "from . import model\nfrom .model import ModelArgs\nclass Model(model.Model): pass\n"
     )
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tree / "dist", tree)
-    (built,) = (tree / "dist").glob("*-99.0-*.whl")
+    built = build("wheel", tree / "dist", tree)
+    assert "-99.0-" in built.name
     return built
 
 
