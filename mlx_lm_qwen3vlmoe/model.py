@@ -9,6 +9,7 @@ converted or fine-tuned with one loads in the other.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,10 +22,12 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import __version__, config
+from . import __version__, config, parallel
 from .errors import HostError
 from .quantization import describe
 from .sanitize import sanitize
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,6 +73,15 @@ def _host_error(what: str) -> HostError:
     )
 
 
+class Decoder(qwen3_moe.Qwen3MoeModel):
+    """The host's decoder, which looks at the number of ranks before it becomes a stage of a pipeline."""
+
+    def pipeline(self, group: mx.distributed.Group, *arguments: Any) -> None:
+        """Keep this rank's layers; raises `CheckpointError`, on every rank, for more ranks than layers."""
+        parallel.check(group.size(), "pipeline", {"num_hidden_layers": self.num_hidden_layers})
+        super().pipeline(group, *arguments)
+
+
 class Model(nn.Module):
     """The host's ``qwen3_moe.Model`` as ``language_model``, with YaRN where the config asks for it."""
 
@@ -89,11 +101,15 @@ class Model(nn.Module):
             rope.mscale = text["rope_scaling"].get("attention_factor", rope.mscale)
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
+        if hasattr(self.model, "pipeline"):
+            self.model.__class__ = Decoder  # as to pass it to the host's constructor is not possible
 
     if "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters:
 
         def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
             """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place."""
+            if input_embeddings is None:
+                self._refuse_images(inputs, cache)
             return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
 
     else:
@@ -102,13 +118,41 @@ class Model(nn.Module):
             """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``."""
             if others:
                 raise TypeError(f"{', '.join(others)}: input_embeddings needs mlx-lm 0.28.3 or newer")
+            self._refuse_images(inputs, cache)
             return self.language_model(inputs, cache=cache)
+
+    def _refuse_images(self, inputs: mx.array, cache: Any) -> None:
+        """Raise `ValueError` for a prompt with placeholders of images: their embeddings mean nothing by themselves."""
+        if self.training or inputs.shape[-1] == 1:  # while decoding, a look at the token would cost time
+            return
+        tokens = [self.args.config.get(name) for name in ("image_token_id", "video_token_id")]
+        try:
+            found = [token for token in tokens if isinstance(token, int) and (inputs == token).any().item()]
+        except ValueError:  # traced by mx.compile: there are no values
+            return
+        if found:
+            message = (
+                f"The prompt has placeholders of images (token {found[0]}), but this is a text-only model that drops "
+                "the vision tower. For images use mlx-vlm (https://github.com/Blaizzy/mlx-vlm)."
+            )
+            if cache and hasattr(cache[0], "left_padding"):
+                # An error in one request of a batch would end the server's thread, and with it all others.
+                logger.error("%s The answer cannot be about them.", message)
+            else:
+                raise ValueError(message)
 
     if hasattr(qwen3_moe.Model, "shard"):
 
         def shard(self, group: mx.distributed.Group | None = None) -> None:
-            """Keep this rank's part of every layer, for tensor parallelism (the host's own implementation)."""
-            self.language_model.shard(group)
+            """Keep this rank's part of every layer, for tensor parallelism, by the host's own implementation.
+
+            Raises `CheckpointError`, on every rank, where the ranks do not divide what is cut.
+            """
+            group = group or mx.distributed.init()
+            parallel.check(group.size(), "tensor", parallel.pieces(self.args.text_config, self.named_modules()))
+            parallel.cut(self.language_model, group)
+            for layer in self.layers:  # so that only one layer's tensors are in memory whole
+                mx.eval(layer.parameters())
 
     else:
 

@@ -211,7 +211,8 @@ def _affine(
     if groups is None and group is not None and bits in (2, 3, 4, 5, 6, 8):
         # A zero point of 2 ** (bits - 1) only shifts the exponent; the product with any other one needs more digits.
         scales, biases = (scales, (-zero * wide).astype(scales.dtype)) if zeros is None else (wide, -zero * wide)
-        scales, biases = (mx.repeat(array, size // group, 1) for array in (scales, biases))
+        # Contiguous, as repeating one scale a channel gives a view that would be copied at every call.
+        scales, biases = (mx.contiguous(mx.repeat(array, size // group, 1)) for array in (scales, biases))
         tensors = {"weight": packed, "scales": scales, "biases": biases}
         return tensors, {"group_size": group, "bits": bits}
     if groups is None:

@@ -23,6 +23,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -40,9 +41,12 @@ Packed = dict[str, quantization.Parameters]  # path of a layer that stays packed
 Part = tuple[str, Weights, quantization.Parameters | None]  # of a SwitchGLU: projection, tensors, parameters if packed
 logger = logging.getLogger(__name__)
 
+# A device other than this machine's, for which arrays are laid out but never evaluated.
+PLANNED: ContextVar[mx.Device | None] = ContextVar("PLANNED", default=None)
+
 _DECODER = "language_model.model."
 _EMBEDDINGS = f"{_DECODER}embed_tokens."
-_HEAD = "language_model.lm_head."
+HEAD = "language_model.lm_head."
 # What stands before the name of a text tensor: transformers ≥ 4.57, MLX and older transformers, a bare language model.
 _TEXT = re.compile(
     r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?"
@@ -97,15 +101,8 @@ def rename(weights: Weights) -> Weights:
     """
     renamed: Weights = {}
     for name, array in weights.items():
-        if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
+        if (target := host_name(name)) is None:
             continue
-        if not (match := _TEXT.fullmatch(name)):
-            raise CheckpointError(
-                f"{name}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., model.visual.), "
-                "found another. Is this checkpoint of another model type, or an adapter?"
-            )
-        text = _PROJECTION_FIRST.sub(r".experts.\2.\1.", match[1])
-        target = f"language_model.{text}" if text.startswith("lm_head.") else _DECODER + text
         if target in renamed:
             raise CheckpointError(
                 f"{name}: expected one tensor for {target}, found two under different names. "
@@ -113,6 +110,19 @@ def rename(weights: Weights) -> Weights:
             )
         renamed[target] = array
     return renamed
+
+
+def host_name(name: str) -> str | None:
+    """The host's name for a tensor of any writer's; None for what a text model has no use for."""
+    if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
+        return None
+    if not (match := _TEXT.fullmatch(name)):
+        raise CheckpointError(
+            f"{name}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., model.visual.), "
+            "found another. Is this checkpoint of another model type, or an adapter?"
+        )
+    text = _PROJECTION_FIRST.sub(r".experts.\2.\1.", match[1])
+    return f"language_model.{text}" if text.startswith("lm_head.") else _DECODER + text
 
 
 def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weights, Packed]:
@@ -131,14 +141,14 @@ def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weigh
     decoded: Weights = {}
     packed: Packed = {}
     # On the CPU, experts are multiplied in float32 only, and all that follows them is float32 too.
-    cpu = mx.default_device() == mx.cpu
-    dtype = mx.float32 if cpu else getattr(mx, str(args.text_config.get("dtype")), mx.bfloat16)
+    takes_global_scale = _takes_global_scale()
+    dtype = mx.float32 if device() == mx.cpu else getattr(mx, str(args.text_config.get("dtype")), mx.bfloat16)
     before = after = 0
     for layer, tensors in layers.items():
         fused = layer.endswith(("experts.gate_up_proj", "experts.down_proj"))
         if quantization.is_foreign(tensors):
             source = sum(array.nbytes for array in tensors.values())
-            global_scale = ".mlp.experts." in layer and _takes_global_scale()
+            global_scale = ".mlp.experts." in layer and takes_global_scale
             try:
                 tensors, parameters = quantization.decode(layer, tensors, args.quantization_config, dtype, global_scale)
             except MissingTensorError:
@@ -277,7 +287,7 @@ def _turned(array: mx.array) -> mx.array:
     every call otherwise: a contiguous half viewed transposed is the cheapest to make. CUDA's matrix-vector kernel wants
     ``[E, out, in]`` itself contiguous; Metal takes any.
     """
-    if mx.default_device() == mx.cpu:
+    if device() == mx.cpu:
         return mx.contiguous(_multipliable(array)).swapaxes(-1, -2)
     return mx.contiguous(array.swapaxes(-1, -2))
 
@@ -352,9 +362,9 @@ def settle_head(weights: Weights, packed: Packed, tied: bool | None, whole: bool
     is one is an error.
     """
     if tied:
-        weights = {name: array for name, array in weights.items() if not name.startswith(_HEAD)}
+        weights = {name: array for name, array in weights.items() if not name.startswith(HEAD)}
     embeddings = {name: array for name, array in weights.items() if name.startswith(_EMBEDDINGS)}
-    if not embeddings or any(name.startswith(_HEAD) for name in weights):
+    if not embeddings or any(name.startswith(HEAD) for name in weights):
         return weights, packed
     if tied is False:
         if whole:
@@ -363,9 +373,9 @@ def settle_head(weights: Weights, packed: Packed, tied: bool | None, whole: bool
                 "checkpoint missing? If the head is the embedding matrix, set tie_word_embeddings to true."
             )
         return weights, packed
-    shared = {_HEAD + name.removeprefix(_EMBEDDINGS): array for name, array in embeddings.items()}
+    shared = {HEAD + name.removeprefix(_EMBEDDINGS): array for name, array in embeddings.items()}
     if _EMBEDDINGS[:-1] in packed:
-        packed = packed | {_HEAD[:-1]: packed[_EMBEDDINGS[:-1]]}
+        packed = packed | {HEAD[:-1]: packed[_EMBEDDINGS[:-1]]}
     return weights | shared, packed
 
 
@@ -391,10 +401,14 @@ def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
             )
 
 
-@functools.cache
+def device() -> mx.Device:
+    """The device that arrays are prepared for: MLX's default, or the one that `PLANNED` names."""
+    return PLANNED.get() or mx.default_device()
+
+
 def _takes_global_scale() -> bool:
     """Whether stacked experts can hold NVFP4's second scale: mlx-lm 0.32.1 and newer, on a GPU."""
-    return mx.default_device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
+    return device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
 
 
 def cast_experts(weights: Weights) -> Weights:
@@ -404,14 +418,14 @@ def cast_experts(weights: Weights) -> Weights:
 
 def _multipliable(array: mx.array) -> mx.array:
     """MLX's CPU backend multiplies unquantized experts in float32 only (`GatherMM`), so there they are cast."""
-    if mx.default_device() != mx.cpu or array.dtype not in (mx.bfloat16, mx.float16):
+    if device() != mx.cpu or array.dtype not in (mx.bfloat16, mx.float16):
         return array
-    _announce_cast(array.dtype)
+    announce_cast(array.dtype)
     return array.astype(mx.float32)
 
 
 @functools.cache
-def _announce_cast(dtype: mx.Dtype) -> None:
+def announce_cast(dtype: mx.Dtype) -> None:
     logger.warning(
         "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s and take twice the "
         "memory. Quantized experts (mlx_lm.convert -q) run as they are.",

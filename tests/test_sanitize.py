@@ -314,7 +314,7 @@ def test_a_quantized_head_of_a_tied_model_is_dropped_as_a_whole():
 def test_on_the_cpu_half_precision_experts_are_cast_with_one_notice(caplog):
     from mlx_lm_qwen3vlmoe import sanitize as module
 
-    module._announce_cast.cache_clear()
+    module.announce_cast.cache_clear()
     halves = {name: array.astype(mx.bfloat16) for name, array in official().items()}
     with caplog.at_level(logging.WARNING):
         found = sanitize(halves, args())
