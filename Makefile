@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: demo test lint matrix clean
+.PHONY: demo test lint matrix bench bench-quick clean
 
 demo: $(VENV)/demo.stamp
 	@echo "\$$ mlx_lm.generate --model $(MODEL) --prompt \"$(QUESTION)\""
@@ -26,6 +26,7 @@ lint: $(VENV)/dev.stamp
 $(VENV)/demo.stamp: EXTRAS = $(EXTRA)
 $(VENV)/test.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))test
 $(VENV)/dev.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))dev
+$(VENV)/bench.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))bench
 $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: PYTHON=python3.12 make" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +35,14 @@ $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/nox --no-error-on-missing-interpreters
+
+# Every measurement, for the figures and the plot in docs: up to 40 minutes, 12 GB of memory and 20 GB of disk.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/run.py
+
+# The same with small sizes, in less than 5 minutes; writes nothing.
+bench-quick: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/run.py --quick
 
 clean:
 	rm -rf $(VENV) build dist

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         try:
             report = inspection.inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
-        except CheckpointError as e:
+        except (CheckpointError, OSError) as e:
             parser.exit(1, f"{e}\n")
         print(json.dumps(report, indent=2) if parsed.json else inspection.render(report))
         sys.exit(report["error"] is not None)

@@ -18,6 +18,8 @@ Sources: ``configuration_qwen3_vl_moe.py`` and ``modeling_rope_utils.py`` of tra
 from __future__ import annotations
 
 import logging
+import re
+import reprlib
 from collections import Counter
 from typing import Any
 
@@ -25,6 +27,8 @@ from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 2**31 - 1  # an axis of an MLX array, which holds nothing before it is loaded
+_MOST_LAYERS = 1000  # making a layer takes half a millisecond, before any tensor can contradict the number
 _REQUIRED = (  # sizes without a default that every writer shares
     "hidden_size",
     "num_hidden_layers",
@@ -77,9 +81,9 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
         if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
             text[field] = text["hidden_size"] // text["num_attention_heads"]
-        value = text.get(field, "nothing")
-        if type(value) is not int or value <= 0:
-            raise _error(field, "a positive integer", value)
+        _check_positive(field, text.get(field), int, _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST)
+    if text["num_attention_heads"] * text["head_dim"] > _LARGEST:
+        raise _error("head_dim", f"at most {_LARGEST} over all {text['num_attention_heads']} heads", text["head_dim"])
     if text["num_attention_heads"] % text["num_key_value_heads"]:
         raise _error(
             "num_key_value_heads", f"a divisor of {text['num_attention_heads']} heads", text["num_key_value_heads"]
@@ -89,7 +93,7 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     dense = text["mlp_only_layers"]
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise _error("mlp_only_layers", "a list of integers", dense)
-    _positive_number("rms_norm_eps", text["rms_norm_eps"])
+    _check_positive("rms_norm_eps", text["rms_norm_eps"])
     if text["attention_bias"]:
         raise _error("attention_bias", "false, as the host's qwen3_moe has no bias", text["attention_bias"])
     if text["hidden_act"] not in ("silu", "swish"):
@@ -97,9 +101,10 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     if text.get("norm_topk_prob") is False:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True
-    _normalize_rope(text, str(config.get("transformers_version") or ""))
+    _normalize_rope(text, _transformers(config))
     # `mlx_lm.convert` looks for the dtype in one of these, by its version; transformers 5 may write it elsewhere.
-    if dtype := text.get("dtype") or config.get("dtype") or config.get("torch_dtype"):
+    dtypes = (text.pop("dtype", None), config.get("dtype"), config.get("torch_dtype"))
+    if dtype := next((dtype for dtype in dtypes if dtype in ("bfloat16", "float16", "float32")), None):
         text["dtype"] = config["torch_dtype"] = dtype
     # The head is always a tensor of its own (shared with the embeddings, not copied, in a tied model): what is saved
     # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head.
@@ -111,13 +116,18 @@ def tied(config: dict[str, Any]) -> bool | None:
     """Whether the output head is the embedding matrix: True, False, or None where only the tensors can tell.
 
     To be asked before `normalize`. transformers 4.57 obeys ``text_config``, 5 the top level, where ``text_config`` says
-    true by a class default even beside a real head. So only a config that does not contradict itself is believed, and
-    ``true`` in ``text_config`` alone is not enough.
+    true by a class default even beside a real head. So a config that contradicts itself is believed only where it names
+    version 5, and ``true`` in ``text_config`` alone is not enough.
     """
     text = config.get("text_config")
     top, nested = config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    for value in (top, nested):
+        if value not in (None, True, False):
+            raise _error("tie_word_embeddings", "true or false", value)
     if top and nested is not False:
         return True
+    if top is False and (_transformers(config) or 0) >= 5:
+        return False
     if top or nested or (top is None and nested is None):
         return None
     return False
@@ -127,17 +137,29 @@ def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     """Take another tool's ``quantization_config`` out of a config, from wherever it stands; None if there is none.
 
     Without it, the host leaves alone what is decoded here. MLX's own description, which names no method, stays.
+    Raises `CheckpointError` where the host could not read that.
     """
     homes = [config, text] if isinstance(text := config.get("text_config"), dict) else [config]
     found = None
     for home in homes:
         for field in ("quantization_config", "compression_config"):
             value = home.get(field)
-            if isinstance(value, dict) and not ("quant_method" in value or "quantization" in value):
-                config.setdefault("quantization", value)
-            elif value is not None and "quantization" not in config:
+            if not value:
+                continue
+            if not isinstance(value, dict):
+                raise _error(field, "an object", value)
+            if config.get("quantization") is None and not ("quant_method" in value or "quantization" in value):
+                config["quantization"] = value
+            elif config.get("quantization") is None:
                 found = found or value
                 del home[field]
+    own = config.get("quantization")
+    if own is not None and not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
+        raise _error("quantization", "an object with group_size and bits", own)
+    for path, parameters in {"": own, **(own or {})}.items():
+        for field in ("group_size", "bits"):
+            if isinstance(parameters, dict) and parameters.get(field) is not None:
+                _check_positive(f"quantization: {path} {field}", parameters[field], int)
     return found
 
 
@@ -161,13 +183,19 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
         config["text_config"] = text
     if not isinstance(text, dict):
         raise CheckpointError(
-            f"config.json: expected the language model's fields in 'text_config', found {text!r}. "
+            f"config.json: expected the language model's fields in 'text_config', found {reprlib.repr(text)}. "
             "Is this a Qwen3-VL-MoE checkpoint? Take config.json from the original model."
         )
     return text
 
 
-def _normalize_rope(text: dict[str, Any], version: str) -> None:
+def _transformers(config: dict[str, Any]) -> int | None:
+    """The major version of transformers that wrote a config, if it says."""
+    match = re.match(r"\d{1,3}", str(config.get("transformers_version")))
+    return int(match[0]) if match else None
+
+
+def _normalize_rope(text: dict[str, Any], version: int | None) -> None:
     """Settle ``rope_theta`` and ``rope_scaling``: plain RoPE or YaRN.
 
     With text only, all three position axes of (interleaved) M-RoPE are equal, which is plain RoPE.
@@ -184,11 +212,11 @@ def _normalize_rope(text: dict[str, Any], version: str) -> None:
         if "rope_theta" in value:
             thetas.append(value.pop("rope_theta"))
         scaling |= value
-    if not thetas and not version:
+    if not thetas and version is None:
         raise _error("rope_theta", "a number (official models: 5000000)", "nothing")
-    thetas = thetas or [500000 if int(version.split(".")[0]) >= 5 else 5000000]
+    thetas = thetas or [500000 if version and version >= 5 else 5000000]
     for theta in thetas:
-        _positive_number("rope_theta", theta)
+        _check_positive("rope_theta", theta)
     if len(set(thetas)) > 1:
         raise _error("rope_theta", "one value", f"{thetas} in different fields")
     text["rope_theta"] = thetas[-1]
@@ -204,24 +232,30 @@ def _normalize_rope(text: dict[str, Any], version: str) -> None:
             raise _error("partial_rotary_factor", "1.0", where["partial_rotary_factor"])
     if rope_type == "yarn":
         scaling.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
-        for field in ("factor", "original_max_position_embeddings"):
-            _positive_number(f"{field} of YaRN", scaling.get(field))
         if scaling.pop("truncate", True) is not True:
             raise _error("truncate of YaRN", "true, as in the host's YaRN", False)
         # transformers uses the pair or neither; the host would fill in the other.
         if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
             scaling.pop("mscale", None)
             scaling.pop("mscale_all_dim", None)
+        optional = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & scaling.keys()
+        for field in ("factor", "original_max_position_embeddings", *sorted(optional)):
+            _check_positive(f"{field} of YaRN", scaling.get(field))
+        if text["rope_theta"] < 2:  # its logarithm is divided by
+            raise _error("rope_theta", "at least 2 with YaRN", text["rope_theta"])
     text["rope_scaling"] = {**scaling, "rope_type": rope_type}
 
 
-def _positive_number(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise _error(field, "a positive number", "nothing" if value is None else value)
+def _check_positive(field: str, value: Any, kind: type[int] | type[float] = float, most: int = _LARGEST) -> None:
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 1e-30:
+        raise _error(field, "a positive integer" if kind is int else "a positive number", value)
+    if value > most:
+        raise _error(field, f"at most {most}", value)
 
 
 def _error(field: str, expected: str, found: object) -> CheckpointError:
+    what = "nothing" if found is None else found if isinstance(found, str) else reprlib.repr(found)
     return CheckpointError(
-        f"config.json: {field}: expected {expected}, found {found if isinstance(found, str) else repr(found)}. "
-        "Correct text_config, or take config.json from the original model."
+        f"config.json: {field}: expected {expected}, found {what}. Correct it, or take config.json from the original "
+        "model."
     )

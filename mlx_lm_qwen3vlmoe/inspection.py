@@ -74,9 +74,8 @@ def inspect(
             ``report["error"]`` tells why.
     """
     folder = Path(checkpoint)
-    headers = _local_headers(folder) if folder.is_dir() else None
-    if headers is None:
-        folder, headers = _hub_headers(checkpoint)
+    notes: list[str] = []
+    folder, headers = (folder, _local_headers(folder, notes)) if folder.is_dir() else _hub_headers(checkpoint)
     tensors = {name: entry for header in headers.values() for name, entry in header.items()}
     config = _config(folder)
     report: dict[str, Any] = {
@@ -84,14 +83,15 @@ def inspect(
         "layout": _layout(tensors),
         "quantization": "unknown",
         "tensors": _sorted_out(tensors, configs.tied(config)),
+        "complete": not notes,
         "error": None,
-        "notes": [],
+        "notes": notes,
     }
     token = PLANNED.set(mx.Device(getattr(mx, on)) if on else None)
     try:
         report["device"] = "CPU" if device() == mx.cpu else "GPU"
         report["quantization"] = _quantization(config)
-        with _notes(report["notes"]), tempfile.TemporaryDirectory() as hollow:
+        with _noting(notes if bits is None else []), tempfile.TemporaryDirectory() as hollow:
             _write_hollow(folder, headers, Path(hollow))
             model, config = load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
         if bits is not None:
@@ -104,25 +104,29 @@ def inspect(
     return report
 
 
-def _local_headers(folder: Path) -> dict[str, Header]:
-    """The headers of the files that the host would load."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
+def _local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
+    """The headers of the files that the host would load; a file that is cut short is worth a note."""
+    headers = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, 100_000_000))  # the format's own limit
+        try:
+            header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            complete = all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            complete = False
+        if not complete:
+            raise CheckpointError(
+                f"{path}: expected the header of a safetensors file, found none. Download the file again."
+            )
+        headers[path.name] = header
+        if (size := path.stat().st_size) < end:
+            notes.append(f"{path.name}: {end - size} of its {end} bytes are missing: it will not load as it is")
+    if not headers:
         raise CheckpointError(f"{folder}: expected model*.safetensors, found none. Is the download complete?")
-    return {file.name: _header(file) for file in files}
-
-
-def _header(path: Path) -> Header:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, 100_000_000))  # the format's own limit
-    try:
-        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        if all({"dtype", "shape", "data_offsets"} <= entry.keys() for entry in header.values()):
-            return header
-    except (ValueError, AttributeError):
-        pass
-    raise CheckpointError(f"{path}: expected the header of a safetensors file, found none. Download the file again.")
+    return headers
 
 
 def _hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
@@ -133,9 +137,8 @@ def _hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
         folder = Path(snapshot_download(repository, allow_patterns=["config.json", "hf_quant_config.json"]))
         files = get_safetensors_metadata(repository).files_metadata
     except Exception as e:  # its own kinds, by version, and those of its transport
-        raise CheckpointError(
-            f"{repository}: expected a folder or a reachable repository, found {type(e).__name__}: {e}"
-        ) from e
+        found = f"{type(e).__name__}: " + str(e).partition("\n")[0]
+        raise CheckpointError(f"{repository}: expected a folder or a reachable repository, found {found}") from e
     return folder, {
         name: {
             tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
@@ -148,13 +151,12 @@ def _hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as e:
+        if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
+            config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
+    except (OSError, ValueError, TypeError) as e:
         raise CheckpointError(f"{folder}: expected config.json, found {e}. Take it from the original model.") from e
-    if not isinstance(config, dict) or config.get("model_type") != "qwen3_vl_moe":
-        found = config.get("model_type") if isinstance(config, dict) else config
+    if (found := config.get("model_type") if isinstance(config, dict) else config) != "qwen3_vl_moe":
         raise CheckpointError(f"{folder}: model_type: expected 'qwen3_vl_moe', found {found!r}.")
-    if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
-        config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
     return config
 
 
@@ -171,7 +173,7 @@ def _write_hollow(folder: Path, headers: dict[str, Header], target: Path) -> Non
 
 
 @contextlib.contextmanager
-def _notes(notes: list[str]) -> Iterator[None]:
+def _noting(notes: list[str]) -> Iterator[None]:
     """Collect what the package logs meanwhile, for the report and not for the terminal."""
     logger = logging.getLogger(__package__)
     handler = logging.Handler()
@@ -341,7 +343,10 @@ def render(report: dict[str, Any]) -> str:
     ]
     if report["error"]:
         return _aligned([*lines, ("loads", f"no: {report['error']}")])
-    lines += [("loads", f"yes, for the {report['device']}"), ("weights", _gb(report["weights_bytes"]))]
+    lines += [
+        ("loads", f"yes, for the {report['device']}" + ", once it is complete" * (not report["complete"])),
+        ("weights", _gb(report["weights_bytes"])),
+    ]
     lines += [("", f"{_gb(size)} {name}") for name, size in report["formats"].items()]
     lines += [("cache", f"{_gb(report['cache_bytes'])} at {report['context']} tokens")]
     for mode in ("tensor", "pipeline"):

@@ -25,7 +25,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from . import __version__, config, parallel
 from .errors import HostError
 from .quantization import describe
-from .sanitize import sanitize
+from .sanitize import check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,31 @@ def _host_error(what: str) -> HostError:
 
 
 class Decoder(qwen3_moe.Qwen3MoeModel):
-    """The host's decoder, which looks at the number of ranks before it becomes a stage of a pipeline."""
+    """The host's decoder, with what a stage of a pipeline needs of this model type."""
+
+    widens = False
 
     def pipeline(self, group: mx.distributed.Group, *arguments: Any) -> None:
-        """Keep this rank's layers; raises `CheckpointError`, on every rank, for more ranks than layers."""
+        """Keep this rank's layers; raises `CheckpointError`, on every rank, for more ranks than layers.
+
+        The host receives hidden states in the dtype of the embeddings. But after experts, or scales, in float32 they
+        are float32: if they are on any rank, then the stages agree to send nothing else.
+        """
         parallel.check(group.size(), "pipeline", {"num_hidden_layers": self.num_hidden_layers})
         super().pipeline(group, *arguments)
+        h = self.embed_tokens(mx.array([[0]]))
+        for layer in self.pipeline_layers:  # not computed: only the dtype is looked at
+            h = layer(h)
+        wide = h.dtype == mx.float32
+        anywhere = bool(mx.distributed.all_sum(mx.array(wide, mx.int32), group=group, stream=mx.cpu).item())
+        first = self.pipeline_rank == self.pipeline_size - 1
+        self.widens = anywhere and not (wide and first)  # the first stage computes as one machine would
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        if self.widens:
+            h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+            input_embeddings = h.astype(mx.float32)
+        return super().__call__(inputs, cache, input_embeddings)
 
 
 class Model(nn.Module):
@@ -102,7 +121,7 @@ class Model(nn.Module):
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
         if hasattr(self.model, "pipeline"):
-            self.model.__class__ = Decoder  # as to pass it to the host's constructor is not possible
+            self.model.__class__ = Decoder  # the host's constructor names its own
 
     if "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters:
 
@@ -122,24 +141,30 @@ class Model(nn.Module):
             return self.language_model(inputs, cache=cache)
 
     def _refuse_images(self, inputs: mx.array, cache: Any) -> None:
-        """Raise `ValueError` for a prompt with placeholders of images: their embeddings mean nothing by themselves."""
+        """Raise `ValueError` for a prompt with an image: ``<|vision_start|>`` and a placeholder after it.
+
+        The embedding of a placeholder means nothing by itself. One that stands alone may be a random token of a
+        benchmark, and an error in one request of a batch would end the server's thread, and so all: both are logged.
+        """
         if self.training or inputs.shape[-1] == 1:  # while decoding, a look at the token would cost time
             return
-        tokens = [self.args.config.get(name) for name in ("image_token_id", "video_token_id")]
+        found = [self.args.config.get(f"{name}_token_id") for name in ("image", "video", "vision_start")]
+        image, video, start = (token if isinstance(token, int) and abs(token) < 2**31 else -1 for token in found)
+        marks = (inputs == image) | (inputs == video)
         try:
-            found = [token for token in tokens if isinstance(token, int) and (inputs == token).any().item()]
+            if not marks.any().item():
+                return
         except ValueError:  # traced by mx.compile: there are no values
             return
-        if found:
-            message = (
-                f"The prompt has placeholders of images (token {found[0]}), but this is a text-only model that drops "
-                "the vision tower. For images use mlx-vlm (https://github.com/Blaizzy/mlx-vlm)."
-            )
-            if cache and hasattr(cache[0], "left_padding"):
-                # An error in one request of a batch would end the server's thread, and with it all others.
-                logger.error("%s The answer cannot be about them.", message)
-            else:
-                raise ValueError(message)
+        message = (
+            f"The prompt has placeholders of images (token {image} or {video}), but this is a text-only model that "
+            "drops the vision tower. For images use mlx-vlm (https://github.com/Blaizzy/mlx-vlm)."
+        )
+        if ((inputs[:, :-1] == start) & marks[:, 1:]).any().item() and not (
+            cache and hasattr(cache[0], "left_padding")
+        ):
+            raise ValueError(message)
+        logger.error(message)
 
     if hasattr(qwen3_moe.Model, "shard"):
 
@@ -168,6 +193,7 @@ class Model(nn.Module):
         for name in weights:
             if (path := name.rpartition(".")[0]) not in modules:
                 raise _host_error(f"its qwen3_moe has no {path}")
+        check_shapes(weights, {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()})
         return weights
 
     @property

@@ -27,7 +27,7 @@ def pieces(text: dict[str, Any], modules: Iterable[tuple[str, nn.Module]]) -> di
             name, size = "moe_intermediate_size", text["moe_intermediate_size"]
         elif path.endswith(".mlp.down_proj"):
             name, size = "intermediate_size", text["intermediate_size"]
-        elif path.endswith(".self_attn.o_proj"):
+        elif path.endswith(".self_attn.o_proj") and hasattr(module, "group_size"):
             name, size = "num_attention_heads * head_dim", text["num_attention_heads"] * text["head_dim"]
         else:
             continue

@@ -41,6 +41,7 @@ IGNORED = {
     *("input_scale", "input_global_scale", "input_zero_point", "output_scale", "weight_shape"),
     *("k_scale", "v_scale", "q_scale", "prob_scale"),
 }
+_WORDS = {"qweight", "qzeros", "g_idx", "weight_g_idx"}
 _FOREIGN = {
     *IGNORED,
     *("qweight", "qzeros", "g_idx", "pre_quant_scale", "weight_packed", "weight_scale", "weight_scale_inv"),
@@ -61,6 +62,12 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
             f"quantization_config: quant_method: expected one of {', '.join(METHODS)}, found {method!r}. "
             "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q."
         )
+    _check_kinds("", config, bits=int, group_size=int, weight_block_size=list, config_groups=dict, sparsity_config=dict)
+    for key, group in (config.get("config_groups") or {}).items():
+        _check_kinds("config_groups.", {key: group}, **{key: dict})
+        _check_kinds(f"config_groups.{key}.", group or {}, weights=dict, targets=list)
+        weights = (group or {}).get("weights") or {}
+        _check_kinds(f"config_groups.{key}.weights.", weights, num_bits=int, group_size=int, block_structure=list)
     sparsity = config.get("sparsity_config") or {}
     for field, value in (
         ("transform_config", config.get("transform_config")),
@@ -72,6 +79,17 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
                 "Use a checkpoint that is quantized only, or the unquantized one with mlx_lm.convert -q."
             )
     return config
+
+
+def _check_kinds(where: str, fields: dict[str, Any], **kinds: type) -> None:
+    """Every field that is there is of its type; a number is not zero."""
+    for field, kind in kinds.items():
+        value = fields.get(field)
+        if value is not None and (type(value) is not kind or value == 0):
+            raise CheckpointError(
+                f"quantization_config: {where}{field}: expected {kind.__name__}, found {value!r}. "
+                "Take config.json from the original checkpoint."
+            )
 
 
 def is_foreign(tensors: Tensors) -> bool:
@@ -111,14 +129,14 @@ def decode(
     elif "weight_packed" in tensors and "weight_global_scale" in tensors:
         # compressed-tensors divides by this scale.
         scale = 1 / layer.take("weight_global_scale").astype(mx.float32)
-        result = _nvfp4(layer, layer.take("weight_packed"), scale, global_scale)
+        result = _nvfp4(layer, layer.take("weight_packed", 2), scale, global_scale)
     elif "weight_packed" in tensors:
         result = _microscaled(layer, "weight_packed")
     elif weight is None:
         layer.take("weight")
     elif "weight_scale_2" in tensors:
         scale = layer.take("weight_scale_2").astype(mx.float32)
-        result = _nvfp4(layer, layer.take("weight"), scale, global_scale)
+        result = _nvfp4(layer, layer.take("weight", 2), scale, global_scale)
     elif weight.dtype == mx.int8:
         result = _int8(layer)
     elif weight.dtype in (mx.uint8, _loaded_e4m3()) and layer.has_bytes("weight_scale"):
@@ -156,16 +174,29 @@ class _Layer:
             "checkpoint? If so, use another format, or the unquantized checkpoint with mlx_lm.convert -q."
         )
 
+    def take_optional(self, suffix: str, *ranks: int) -> mx.array | None:
+        return self.take(suffix, *ranks) if suffix in self.tensors else None
+
     def has_bytes(self, suffix: str) -> bool:
         return suffix in self.tensors and self.tensors[suffix].dtype == mx.uint8
 
-    def take(self, suffix: str) -> mx.array:
+    def take(self, suffix: str, *ranks: int) -> mx.array:
         if suffix not in self.tensors:
             raise MissingTensorError(
                 f"{self.name}.{suffix}: expected beside the other tensors of its layer, found nothing. "
                 "Is a file of the checkpoint missing?"
             )
-        return self.tensors.pop(suffix)
+        array = self.tensors.pop(suffix)
+        if (ranks and array.ndim not in ranks) or not array.size:
+            raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(array.shape))
+        if suffix in _WORDS:
+            fits = array.dtype in (mx.int32, mx.uint32)
+        else:
+            packed = array.dtype == mx.uint8 and suffix in ("weight_scale", "weight_scale_inv")
+            fits = "scale" not in suffix or packed or mx.issubdtype(array.dtype, mx.floating)
+        if not fits:
+            raise self.error(suffix, "32-bit integers" if suffix in _WORDS else "floats", array.dtype)
+        return array
 
     def check(self, suffix: str, array: mx.array, *shapes: tuple[int, ...]) -> mx.array:
         if array.shape not in shapes:
@@ -177,10 +208,10 @@ def _unpack(words: mx.array, bits: int) -> mx.array:
     """``[…, n * bits / 32]`` dense little-endian bit streams → ``[…, n]`` unsigned integers, as int32."""
     words = words.view(mx.uint32)
     if 32 % bits == 0:
-        values = (words[..., None] >> mx.arange(0, 32, bits, dtype=mx.uint32)) & (2**bits - 1)
+        values = (mx.expand_dims(words, -1) >> _constant(*range(0, 32, bits))) & _constant(2**bits - 1)
     else:
-        stream = ((words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1).flatten(-2)
-        values = stream.reshape(*words.shape[:-1], -1, bits) << mx.arange(bits, dtype=mx.uint32)
+        stream = ((mx.expand_dims(words, -1) >> _constant(*range(32))) & _constant(1)).flatten(-2)
+        values = stream.reshape(*words.shape[:-1], -1, bits) << _constant(*range(bits))
         return values.sum(-1).astype(mx.int32)
     return values.flatten(-2).astype(mx.int32)
 
@@ -188,7 +219,13 @@ def _unpack(words: mx.array, bits: int) -> mx.array:
 def _pack(values: mx.array, bits: int) -> mx.array:
     """``[…, n]`` unsigned integers of 4 or 8 bits → MLX's ``[…, n * bits / 32]`` uint32."""
     values = values.astype(mx.uint32).reshape(*values.shape[:-1], -1, 32 // bits)
-    return (values << mx.arange(0, 32, bits, dtype=mx.uint32)).sum(-1).astype(mx.uint32)
+    return (values << _constant(*range(0, 32, bits))).sum(-1)
+
+
+@functools.cache
+def _constant(*values: int) -> mx.array:
+    """A vector that thousands of layers share: making one costs as much as two operations."""
+    return mx.array(values, mx.uint32)
 
 
 def _affine(
@@ -202,6 +239,8 @@ def _affine(
         groups: the group of every input, ``[in]``, where they are not neighbors (act-order).
     """
     inputs = packed.shape[1] * 32 // bits
+    if not mx.issubdtype(scales.dtype, mx.floating):
+        raise layer.error("weight_scale", "floats", scales.dtype)
     if scales.dtype not in (mx.float16, mx.bfloat16):
         scales = scales.astype(layer.dtype)
     wide = scales.astype(mx.float32)
@@ -211,8 +250,8 @@ def _affine(
     if groups is None and group is not None and bits in (2, 3, 4, 5, 6, 8):
         # A zero point of 2 ** (bits - 1) only shifts the exponent; the product with any other one needs more digits.
         scales, biases = (scales, (-zero * wide).astype(scales.dtype)) if zeros is None else (wide, -zero * wide)
-        # Contiguous, as repeating one scale a channel gives a view that would be copied at every call.
-        scales, biases = (mx.contiguous(mx.repeat(array, size // group, 1)) for array in (scales, biases))
+        if size > group:  # contiguous, as a repeated scale of a channel is a view that would be copied at every call
+            scales, biases = (mx.contiguous(mx.repeat(array, size // group, 1)) for array in (scales, biases))
         tensors = {"weight": packed, "scales": scales, "biases": biases}
         return tensors, {"group_size": group, "bits": bits}
     if groups is None:
@@ -228,7 +267,7 @@ def _awq(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     ``qweight [in, out / 8]`` int32, ``qzeros [in / g, out / 8]`` int32, ``scales [in / g, out]``. Source:
     ``awq/modules/linear/gemm.py`` and ``awq/utils/packing_utils.py`` of AutoAWQ 0.2.9.
     """
-    qweight, scales, qzeros = (layer.take(suffix) for suffix in ("qweight", "scales", "qzeros"))
+    qweight, scales, qzeros = (layer.take(suffix, 2) for suffix in ("qweight", "scales", "qzeros"))
     if layer.config.get("bits", 4) != 4 or layer.config.get("version", "gemm") != "gemm":
         found = f"{layer.config.get('bits')} bits, version {layer.config.get('version')!r}"
         raise layer.error("qweight", "AWQ with 4 bits and version 'gemm'", found)
@@ -236,12 +275,12 @@ def _awq(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     groups = scales.shape[0]
     layer.check("scales", scales, (groups, words * 8))
     layer.check("qzeros", qzeros, (groups, words))
-    if inputs % groups:
-        raise layer.error("scales", f"a number of rows that divides {inputs} inputs", groups)
+    if inputs % groups or inputs % 8:
+        raise layer.error("qweight", f"a multiple of 8, and of {groups} groups, of inputs", inputs)
 
     def outputs(array: mx.array) -> mx.array:  # [n, out / 8] → [out, n]
-        shifts = mx.array([0, 4, 1, 5, 2, 6, 3, 7], mx.uint32) * 4
-        return ((array.view(mx.uint32)[..., None] >> shifts) & 15).flatten(-2).T
+        nibbles = mx.expand_dims(array.view(mx.uint32), -1) >> _constant(0, 16, 4, 20, 8, 24, 12, 28)
+        return (nibbles & _constant(15)).flatten(-2).T
 
     return _affine(layer, _pack(outputs(qweight), 4), mx.contiguous(scales.T), outputs(qzeros), 4)
 
@@ -253,8 +292,10 @@ def _gptq(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     ``g_idx [in]`` int32, the group of each input. Format ``gptq`` stores ``z - 1``, ``gptq_v2`` stores ``z``. Source:
     ``gptqmodel/nn_modules/qlinear`` of GPTQModel 7.7.
     """
-    qweight, scales, qzeros = (layer.take(suffix) for suffix in ("qweight", "scales", "qzeros"))
-    order = layer.tensors.pop("g_idx", None)
+    qweight, scales, qzeros = (layer.take(suffix, 2) for suffix in ("qweight", "scales", "qzeros"))
+    order = layer.take_optional("g_idx", 1)
+    if order is None and layer.config.get("desc_act"):
+        layer.take("g_idx")
     form = layer.config.get("checkpoint_format", "gptq")
     if form not in ("gptq", "gptq_v2"):
         raise layer.error("qweight", "checkpoint_format gptq or gptq_v2", repr(form))
@@ -289,8 +330,12 @@ def _pack_quantized(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     [in]``. Integers are stored with ``2 ** (bits - 1)`` added. Source: ``compressors/pack_quantized`` of
     compressed-tensors 0.19.
     """
-    packed, scales = layer.take("weight_packed").view(mx.uint32), layer.take("weight_scale")
-    zeros, order = layer.tensors.pop("weight_zero_point", None), layer.tensors.pop("weight_g_idx", None)
+    packed, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 0, 1, 2)
+    zeros, order = layer.take_optional("weight_zero_point", 2), layer.take_optional("weight_g_idx", 1)
+    for suffix, array in (("weight_packed", packed), ("weight_zero_point", zeros)):
+        if array is not None and array.dtype not in (mx.int32, mx.uint32):
+            raise layer.error(suffix, "32-bit integers", array.dtype)
+    packed = packed.view(mx.uint32)
     outputs, words = packed.shape
     if scales.size == 1:
         scales = mx.broadcast_to(scales.reshape(1, 1), (outputs, 1))
@@ -299,7 +344,8 @@ def _pack_quantized(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     fitting = {
         scheme["num_bits"]
         for scheme in _schemes(layer)
-        if words * 32 % scheme["num_bits"] == 0
+        if scheme.get("num_bits")
+        and words * 32 % scheme["num_bits"] == 0
         and (groups == 1 or groups * (scheme.get("group_size") or 0) == words * 32 // scheme["num_bits"])
         and (zeros is None or zeros.shape[0] * 32 == outputs * scheme["num_bits"])
         and (order is None or order.shape[0] * scheme["num_bits"] == words * 32)
@@ -308,6 +354,8 @@ def _pack_quantized(layer: _Layer) -> tuple[Tensors, Parameters | None]:
         what = f"{list(packed.shape)} with scales {list(scales.shape)}, which fits {sorted(fitting) or 'no'} bits"
         raise layer.error("weight_packed", "to fit one scheme of config_groups", what)
     (bits,) = fitting
+    if zeros is None and all(scheme.get("symmetric") is False for scheme in _schemes(layer)):
+        layer.take("weight_zero_point")
     if zeros is not None:
         layer.check("weight_zero_point", zeros, (outputs * bits // 32, groups))
         zeros = _unpack(mx.contiguous(zeros.T), bits).T
@@ -316,9 +364,7 @@ def _pack_quantized(layer: _Layer) -> tuple[Tensors, Parameters | None]:
 
 def _schemes(layer: _Layer) -> list[dict[str, Any]]:
     """The weight schemes of compressed-tensors that may apply to a layer: those that name it, else those for any."""
-    import re
-
-    groups = [group for group in (layer.config.get("config_groups") or {}).values() if group.get("weights")]
+    groups = [group for group in (layer.config.get("config_groups") or {}).values() if group and group.get("weights")]
     # Its targets have transformers' names of the modules.
     name = layer.name.replace("language_model.model.", "model.language_model.").replace(
         "language_model.lm_head", "lm_head"
@@ -326,9 +372,21 @@ def _schemes(layer: _Layer) -> list[dict[str, Any]]:
     named = [
         group["weights"]
         for group in groups
-        if any(t == name or (t.startswith("re:") and re.match(t[3:], name)) for t in group.get("targets") or [])
+        if any(t == name or (str(t).startswith("re:") and _matches(t[3:], name)) for t in group.get("targets") or [])
     ]
     return named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    import re
+
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config: targets: expected a regular expression, found {pattern!r} ({error}). "
+            "Take config.json from the original checkpoint."
+        ) from None
 
 
 def _int8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
@@ -336,12 +394,14 @@ def _int8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
 
     ``weight_scale [out, groups]`` or ``[1]``, ``weight_zero_point`` int8 alike. MLX's integers are unsigned: 128 more.
     """
-    weight, scales = layer.take("weight"), layer.take("weight_scale")
+    weight, scales = layer.take("weight", 2), layer.take("weight_scale")
     zeros = layer.tensors.pop("weight_zero_point", None)
     outputs, inputs = weight.shape
     if scales.size in (1, outputs):
         scales = mx.broadcast_to(scales.reshape(-1, 1), (outputs, 1))
     layer.check("weight_scale", scales, (outputs, scales.shape[-1]))
+    if zeros is None and (schemes := _schemes(layer)) and all(scheme.get("symmetric") is False for scheme in schemes):
+        layer.take("weight_zero_point")
     if zeros is not None:
         zeros = mx.broadcast_to(zeros.reshape(-1, scales.shape[1]), scales.shape).astype(mx.int32) + 128
     unsigned = weight.astype(mx.int32) + 128
@@ -356,7 +416,7 @@ def _microscaled(layer: _Layer, suffix: str) -> tuple[Tensors, Parameters | None
     ``[out, in / 2]`` or ``[out, in]`` uint8, ``weight_scale [out, in / 32]`` uint8 (E8M0). Source: OCP Microscaling
     Formats 1.0.
     """
-    weight, scales = layer.take(suffix), layer.take("weight_scale")
+    weight, scales = layer.take(suffix, 2), layer.take("weight_scale", 2)
     outputs, size = weight.shape
     layer.check("weight_scale", scales, (outputs, size // 16), (outputs, size // 32))
     mode, bits = ("mxfp4", 4) if scales.shape[1] == size // 16 else ("mxfp8", 8)
@@ -374,6 +434,8 @@ def _nvfp4(layer: _Layer, weight: mx.array, scale: mx.array, global_scale: bool)
     ``global_scale`` is that times 448 · 6, the largest product of the other two.
     """
     scales = layer.take("weight_scale")
+    if weight.dtype != mx.uint8:
+        raise layer.error("weight", "two values a byte (uint8)", weight.dtype)
     layer.check("weight_scale", scales, (weight.shape[0], weight.shape[1] // 8))
     if scale.size != 1:
         raise layer.error("weight_scale_2 or weight_global_scale", "one number", list(scale.shape))
@@ -392,7 +454,7 @@ def _fp8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     (uint8, powers of two) are MXFP8 with every scale repeated, and stay packed where 32 divides them. Sources:
     ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors 0.19, ModelOpt 0.47.
     """
-    weight = layer.take("weight")
+    weight = layer.take("weight", 2, 3)
     suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
     power = layer.has_bytes(suffix)
     scale = layer.take(suffix) if power else layer.take(suffix).astype(mx.float32)
@@ -407,7 +469,7 @@ def _fp8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
             scale = mx.repeat(scale, wide // 32, -1)[:, : columns // 32]
             return {"weight": weight.view(mx.uint32), "scales": scale}, {"group_size": 32, "bits": 8, "mode": "mxfp8"}
         scale = mx.repeat(scale, wide, -1)[..., :columns]
-    elif scale.size == 1 and not lead:
+    elif scale.size == 1 and not lead and not layer.config.get("weight_block_size"):
         scale = scale.reshape(1, 1)
     elif scale.shape == (rows,) and not lead:
         scale = scale[:, None]

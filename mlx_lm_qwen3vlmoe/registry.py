@@ -70,17 +70,16 @@ class Plugin:
 
 
 class Scan:
-    """The claims found in one environment: the entry points of every distribution, filtered by the variable.
+    """The claims found in one environment: the entry points of every distribution, filtered by the variable's value.
 
     Attributes:
         plugins: model type → the claims on it, one a distribution, in the order of their names.
         skipped: distribution → why its entry points are not used.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, setting: "str | None") -> None:
         self.plugins: dict[str, list[Plugin]] = {}
         self.skipped: dict[str, str] = {}
-        setting = os.environ.get(VARIABLE)
         if setting is not None and setting.strip() in ("", "0"):
             return
         try:
@@ -136,7 +135,7 @@ class Finder:
     def scan(self) -> Scan:
         """The entry points, read on first use."""
         if self._scan is None:
-            self._scan = Scan()
+            self._scan = Scan(os.environ.get(VARIABLE))
         return self._scan
 
     def invalidate_caches(self) -> None:

@@ -114,14 +114,18 @@ def rename(weights: Weights) -> Weights:
 
 def host_name(name: str) -> str | None:
     """The host's name for a tensor of any writer's; None for what a text model has no use for."""
-    if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
-        return None
     if not (match := _TEXT.fullmatch(name)):
+        if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
+            return None
         raise CheckpointError(
             f"{name}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., model.visual.), "
             "found another. Is this checkpoint of another model type, or an adapter?"
         )
-    text = _PROJECTION_FIRST.sub(r".experts.\2.\1.", match[1])
+    text = match[1]
+    if _MEANINGLESS.fullmatch(text):
+        return None
+    if ".experts." in text:
+        text = _PROJECTION_FIRST.sub(r".experts.\2.\1.", text)
     return f"language_model.{text}" if text.startswith("lm_head.") else _DECODER + text
 
 
@@ -133,11 +137,10 @@ def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weigh
     """
     layers: dict[str, Weights] = {}
     for name, array in weights.items():
-        if match := _FUSED.fullmatch(name):
-            layers.setdefault(match[1], {})["weight" + match[2]] = array
-        else:
-            layer, _, suffix = name.rpartition(".")
-            layers.setdefault(layer, {})[suffix] = array
+        layer, _, suffix = name.rpartition(".")
+        if layer.endswith(".mlp.experts") and (match := _FUSED.fullmatch(name)):
+            layer, suffix = match[1], "weight" + match[2]
+        layers.setdefault(layer, {})[suffix] = array
     decoded: Weights = {}
     packed: Packed = {}
     # On the CPU, experts are multiplied in float32 only, and all that follows them is float32 too.
@@ -159,6 +162,13 @@ def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weigh
                 packed[layer] = parameters
             elif tensors:
                 before, after = before + source, after + tensors["weight"].nbytes
+        elif "scales" not in tensors:
+            for suffix, array in tensors.items():
+                if not mx.issubdtype(array.dtype, mx.floating):
+                    raise CheckpointError(
+                        f"{layer}.{suffix}: expected floats, or scales beside it, found {array.dtype}. "
+                        "Take the original checkpoint."
+                    )
         for suffix, array in tensors.items():
             decoded[layer if fused and suffix == "weight" else f"{layer}.{suffix}"] = array
     if after:
@@ -185,12 +195,12 @@ def stack_experts(
     for name, array in weights.items():
         if ".mlp.experts." not in name:
             others[name] = array
-        elif match := _FUSED.fullmatch(name):
-            mlp, _, projection = match[1].rpartition(".experts.")
-            fused.setdefault(mlp, {})[projection] = array
         elif match := _EXPERT.fullmatch(name):
             mlp, expert, projection, suffix = match.groups()
             single.setdefault(mlp, {}).setdefault(projection, {}).setdefault(int(expert), {})[suffix] = array
+        elif match := _FUSED.fullmatch(name):
+            mlp, _, projection = match[1].rpartition(".experts.")
+            fused.setdefault(mlp, {})[projection] = array
         else:
             raise CheckpointError(
                 f"{name}: expected experts.gate_up_proj, experts.down_proj or experts.<e>.<p>_proj.weight, found "
@@ -398,6 +408,33 @@ def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{name}: expected {expected}, found a tensor that belongs to nothing. Is config.json that of this "
                 "checkpoint?"
+            )
+
+
+def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Every tensor has the shape of the host's parameter, or one that MLX packs it to.
+
+    The host divides by the shapes of packed tensors before it compares any, which may end the process.
+    """
+    for name, array in weights.items():
+        layer, _, suffix = name.rpartition(".")
+        *lead, inputs = shape = shapes[f"{layer}.weight"]
+        scales, size = weights.get(f"{layer}.scales"), array.shape[-1] if array.ndim == len(shape) and array.size else 0
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        if scales is None or suffix == "global_scale":
+            fits, expected = suffix != "weight" or (array.shape == shape and floating), "floats of the shape"
+        elif f"{layer}.weight" not in weights:
+            fits, expected = False, "a weight beside it, of the shape"
+        elif suffix == "weight":
+            fits, expected = size > 0 and size * 32 % inputs == 0 and array.dtype == mx.uint32, "uint32 words that pack"
+        else:
+            fits = size > 0 and inputs % size == 0 and array.shape == scales.shape
+            fits = fits and (floating or (array.dtype == mx.uint8 and f"{layer}.biases" not in weights))
+            expected = "one number for each group of inputs of"
+        if not fits or (suffix != "global_scale" and list(array.shape[:-1]) != lead):
+            raise CheckpointError(
+                f"{name}: expected {expected} {list(shape)}, found {array.dtype} {list(array.shape)}. Are the sizes in "
+                "config.json those of this checkpoint, and is no file of it missing?"
             )
 
 

@@ -1,48 +1,190 @@
-"""What a release installs."""
+"""What a release installs, and how it is made."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tarfile
 import zipfile
 from email.parser import Parser
+from pathlib import Path
+
+import conftest
+import pytest
+import yaml
+from conftest import ROOT, build
 
 import mlx_lm_qwen3vlmoe
 
 STARTUP = "import mlx_lm_qwen3vlmoe.registry; mlx_lm_qwen3vlmoe.registry.install()\n"
+START = "mlx_lm_qwen3vlmoe.registry:install\n"
+INSTALLED = """\
+mlx_lm_qwen3vlmoe/__init__.py
+mlx_lm_qwen3vlmoe/__main__.py
+mlx_lm_qwen3vlmoe/config.py
+mlx_lm_qwen3vlmoe/diagnosis.py
+mlx_lm_qwen3vlmoe/errors.py
+mlx_lm_qwen3vlmoe/inspection.py
+mlx_lm_qwen3vlmoe/model.py
+mlx_lm_qwen3vlmoe/parallel.py
+mlx_lm_qwen3vlmoe/py.typed
+mlx_lm_qwen3vlmoe/quantization.py
+mlx_lm_qwen3vlmoe/registry.py
+mlx_lm_qwen3vlmoe/sanitize.py
+mlx_lm_qwen3vlmoe_startup.pth
+mlx_lm_qwen3vlmoe_startup.start
+DIST-INFO/METADATA
+DIST-INFO/RECORD
+DIST-INFO/WHEEL
+DIST-INFO/entry_points.txt
+DIST-INFO/licenses/LICENSE
+""".splitlines()
+ENTRY_POINTS = """[console_scripts]
+mlx-lm-qwen3vlmoe = mlx_lm_qwen3vlmoe.__main__:main
+
+[mlx_lm.models]
+qwen3_vl_moe = mlx_lm_qwen3vlmoe.model
+"""
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
-def test_the_wheel_holds_the_package_the_start_up_files_and_nothing_else(wheel):
+@pytest.fixture(scope="module")
+def content(wheel) -> dict[str, bytes]:
+    """File → content of the wheel."""
+    info = f"mlx_lm_qwen3vlmoe-{mlx_lm_qwen3vlmoe.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
-        files = {name for name in archive.namelist() if ".dist-info/" not in name}
-        startup = archive.read("mlx_lm_qwen3vlmoe_startup.pth").decode()
-        callable_ = archive.read("mlx_lm_qwen3vlmoe_startup.start").decode()
-    modules = {
-        f"mlx_lm_qwen3vlmoe/{name}.py"
-        for name in ("__init__", "__main__", "config", "errors", "model", "quantization", "registry", "sanitize")
-    }
-    assert files == {
-        *modules,
-        "mlx_lm_qwen3vlmoe/py.typed",
-        "mlx_lm_qwen3vlmoe_startup.pth",
-        "mlx_lm_qwen3vlmoe_startup.start",
-    }
-    assert startup == STARTUP
-    assert callable_ == "mlx_lm_qwen3vlmoe.registry:install\n"
+        return {name.replace(info, "DIST-INFO"): archive.read(name) for name in archive.namelist()}
 
 
-def test_the_readme_quotes_the_start_up_file():
-    from conftest import ROOT
-
-    assert STARTUP in (ROOT / "README.md").read_text()
+# --- the wheel ------------------------------------------------------------------------------------------------------
 
 
-def test_the_metadata_says_what_is_needed(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
-        metadata = Parser().parsestr(archive.read(name).decode())
-        points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+def test_the_wheel_installs_these_files_and_no_others(content):
+    assert sorted(content) == sorted(INSTALLED)
+
+
+def test_the_start_up_files_are_of_one_line_each(content):
+    assert content["mlx_lm_qwen3vlmoe_startup.pth"].decode() == STARTUP
+    assert content["mlx_lm_qwen3vlmoe_startup.start"].decode() == START
+
+
+@pytest.mark.parametrize("document", ["README.md", "SECURITY.md"])
+def test_the_document_quotes_the_start_up_file(document):
+    assert f"```text\n{STARTUP}```" in (ROOT / document).read_text()
+
+
+def test_the_entry_points_are_one_command_and_one_model_type(content):
+    assert content["DIST-INFO/entry_points.txt"].decode() == ENTRY_POINTS
+
+
+def test_the_metadata_says_what_is_needed(content):
+    metadata = Parser().parsestr(content["DIST-INFO/METADATA"].decode())
     assert metadata["Version"] == mlx_lm_qwen3vlmoe.__version__
-    assert metadata["License-Expression"] == "MIT"
     needed = {line.split(";")[0].split(">")[0].strip() for line in metadata.get_all("Requires-Dist") if ";" not in line}
     assert needed == {"mlx", "mlx-lm", "importlib-metadata"}
     assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda12", "cuda13", "test", "bench", "dev"}
-    assert "[mlx_lm.models]\nqwen3_vl_moe = mlx_lm_qwen3vlmoe.model\n" in points
+
+
+def test_the_license_is_mit_and_comes_along(content):
+    metadata = Parser().parsestr(content["DIST-INFO/METADATA"].decode())
+    assert (metadata["License-Expression"], metadata.get_all("License-File")) == ("MIT", ["LICENSE"])
+    assert content["DIST-INFO/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+
+
+# --- the build ------------------------------------------------------------------------------------------------------
+
+
+def tree(path: Path, time: int) -> Path:
+    """A copy of what a build reads, with other times, and with the modes that the umask in force gives."""
+    path.mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"):
+        shutil.copyfile(ROOT / name, path / name)
+    for name in ("mlx_lm_qwen3vlmoe", "startup"):
+        (path / name).mkdir()
+        for file in (ROOT / name).iterdir():
+            if file.is_file():
+                shutil.copyfile(file, path / name / file.name)
+    for file in path.rglob("*"):
+        os.utime(file, (time, time))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_a_build_elsewhere_at_another_time_by_another_user_gives_the_same_bytes(kind, tmp_path, monkeypatch):
+    first = build(kind, tmp_path / "first", tree(tmp_path / "here", 1_500_000_000))
+    monkeypatch.setitem(conftest.CLEAN, "TZ", "Asia/Tokyo")
+    monkeypatch.setitem(conftest.CLEAN, "LC_ALL", "C")
+    before = os.umask(0o077)
+    try:
+        second = build(kind, tmp_path / "second", tree(tmp_path / "some" / "where else", 1_700_000_000))
+    finally:
+        os.umask(before)
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_tree_that_was_used_builds_the_same_wheel(wheel, tmp_path):
+    used = tree(tmp_path / "used", 1_600_000_000)
+    for leftover in ("mlx_lm_qwen3vlmoe/__pycache__/model.cpython-313.pyc", "dist/old.whl", ".venv/bin/python"):
+        (used / leftover).parent.mkdir(parents=True)
+        (used / leftover).touch()
+    assert build("wheel", tmp_path / "built", used).read_bytes() == wheel.read_bytes()
+
+
+def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
+    with tarfile.open(build("sdist", tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert build("wheel", tmp_path / "built", unpacked).read_bytes() == wheel.read_bytes()
+
+
+def test_no_file_of_the_wheel_is_executable_or_writable_by_others(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} == {0o644}
+
+
+# --- the workflows --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WORKFLOWS, ids=lambda file: file.stem)
+def workflow(request) -> Path:
+    return request.param
+
+
+def test_every_action_is_pinned_to_a_commit(workflow):
+    used = re.findall(r"uses: *(.*)", workflow.read_text())
+    assert used
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", each) for each in used)
+
+
+def test_one_action_has_one_commit_in_all_workflows():
+    used = {each for file in WORKFLOWS for each in re.findall(r"uses: *(.*)", file.read_text())}
+    assert len(used) == len({each.partition("@")[0] for each in used})
+
+
+def test_a_workflow_may_only_read_the_repository(workflow):
+    assert yaml.safe_load(workflow.read_text())["permissions"] == {"contents": "read"}
+
+
+def test_only_the_job_that_publishes_has_another_permission(workflow):
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    others = {name: job["permissions"] for name, job in jobs.items() if "permissions" in job}
+    assert others == ({"publish": {"id-token": "write"}} if workflow.stem == "release" else {})
+
+
+def test_no_checkout_leaves_the_token_behind(workflow):
+    text = workflow.read_text()
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+
+
+def test_no_script_has_text_of_an_event_in_it(workflow):
+    steps = [step for job in yaml.safe_load(workflow.read_text())["jobs"].values() for step in job["steps"]]
+    assert not [step["run"] for step in steps if "${{" in step.get("run", "")]
+
+
+def test_what_is_published_is_what_was_built_and_tested():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert [jobs[name].get("needs") for name in ("build", "test", "publish")] == [None, "build", "test"]
+    assert jobs["publish"]["environment"] == "pypi"
+    assert ["run" in step for step in jobs["publish"]["steps"]] == [False, False]  # a download, and the upload

@@ -182,7 +182,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
         ("awq-w4-gemm", {}, AWQ | {"bits": 3}, r"found 3 bits"),
         ("awq-w4-gemm", {"scales": None}, AWQ, r"layer\.scales: expected beside the other tensors"),
         ("awq-w4-gemm", {"scales": mx.ones((3, 63))}, AWQ, r"layer\.scales: expected the shape \[3, 64\], found"),
-        ("awq-w4-gemm", {"qzeros": mx.ones((3, 4))}, AWQ, r"layer\.qzeros: expected the shape \[3, 8\]"),
+        ("awq-w4-gemm", {"qzeros": mx.ones((3, 4), mx.int32)}, AWQ, r"layer\.qzeros: expected the shape \[3, 8\]"),
         ("awq-w4-gemm", {"pre_quant_scale": mx.ones(96)}, AWQ, r"layer\.pre_quant_scale: expected nothing"),
         ("gptq-w4-sym", {"qzeros": None}, None, r"layer\.qzeros"),
         ("gptq-w4-sym", {"qweight": mx.ones((12, 63), mx.int32)}, None, r"layer\.qweight: expected the shape"),

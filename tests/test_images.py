@@ -1,0 +1,212 @@
+"""Images: this is a text-only model, and says so wherever an image or its placeholder comes in."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+import time
+
+import mlx.core as mx
+import openai
+import pytest
+from conftest import TINY, run
+from mlx_lm import batch_generate, load, stream_generate
+from test_commands import BIN, serving
+
+# The smallest picture there is, without a library that draws.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+ALONE = ["<|image_pad|>", "<|video_pad|>"]
+PLACEHOLDERS = [f"<|vision_start|>{token}<|vision_end|>" for token in ALONE]  # as chat templates write them
+REFUSAL = "placeholders of images .*text-only model.*mlx-vlm"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load(str(TINY))
+
+
+def chat(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def said(model, tokenizer, prompt, **options) -> str:
+    return "".join(part.text for part in stream_generate(model, tokenizer, prompt, 64, **options))
+
+
+def test_generate_takes_no_image_files(tmp_path):
+    image = tmp_path / "x.png"
+    image.write_bytes(PNG)
+    done = run(BIN / "mlx_lm.generate", "--model", TINY, "--prompt", "What is it?", "--image", image, check=False)
+    assert done.returncode != 0
+    assert "==========" not in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    # Hosts that take images refuse them for this model; older ones have no such option.
+    assert "does not take images" in last or "unrecognized arguments: --image" in last
+
+
+def test_generate_refuses_a_placeholder():
+    prompt = f"{PLACEHOLDERS[0]} What is it?"
+    done = run(BIN / "mlx_lm.generate", "--model", TINY, "--prompt", prompt, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(f"ValueError: The prompt has {REFUSAL}", last)
+
+
+@pytest.mark.parametrize("placeholder", PLACEHOLDERS)
+@pytest.mark.parametrize("step", [2048, 16])  # the whole prompt at once, and in pieces
+def test_stream_generate_refuses_a_placeholder(tiny, placeholder, step):
+    with pytest.raises(ValueError, match=REFUSAL):
+        said(*tiny, f"Who are you? {placeholder} What is it?", prefill_step_size=step)
+
+
+@pytest.mark.parametrize("token", ALONE)
+def test_a_placeholder_that_stands_alone_is_logged(tiny, token, caplog):
+    """A benchmark's random tokens may have one, and nobody asks about an image without its start."""
+    said(*tiny, f"Who are you? {token} What is it?")
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert re.search(REFUSAL, record.message)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_chat_with_an_image_part_is_refused(tiny, kind):
+    """The template of the checkpoint writes the placeholder."""
+    model, tokenizer = tiny
+    parts = [{"type": kind}, {"type": "text", "text": "What is it?"}]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    with pytest.raises(ValueError, match=REFUSAL):
+        said(model, tokenizer, prompt)
+
+
+def test_a_draft_model_does_not_hide_a_placeholder(tiny):
+    with pytest.raises(ValueError, match=REFUSAL):
+        said(*tiny, f"Who are you? {PLACEHOLDERS[0]} What is it?", draft_model=tiny[0])
+
+
+def test_ordinary_prompts_go_on(tiny, tiny_questions, caplog):
+    """Also one that speaks of images, and after a refusal."""
+    model, tokenizer = tiny
+    with pytest.raises(ValueError, match=REFUSAL):
+        said(model, tokenizer, f"{PLACEHOLDERS[0]} What is it?")
+    for pair in tiny_questions[:3]:
+        prompt = tokenizer.apply_chat_template(chat(pair["question"]), add_generation_prompt=True)
+        assert said(model, tokenizer, prompt) == pair["answer"]
+    assert said(model, tokenizer, "image_pad, video_pad: <|image|> [IMG]")
+    assert not caplog.records
+
+
+def test_a_batch_logs_an_error_and_answers_the_others(tiny, tiny_questions, caplog):
+    """One request may not end the others. The caches are merged, extended and filtered as in the host's server."""
+    model, tokenizer = tiny
+    pair = tiny_questions[1]
+    questions = [pair["question"], f"{PLACEHOLDERS[1]} What is it?", pair["question"]]
+    prompts = [tokenizer.apply_chat_template(chat(question), add_generation_prompt=True) for question in questions]
+    with caplog.at_level(logging.ERROR, "mlx_lm_qwen3vlmoe"):
+        texts = batch_generate(model, tokenizer, prompts, max_tokens=64).texts
+    assert [texts[0], texts[2]] == [pair["answer"]] * 2
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert re.search(REFUSAL, record.message)
+
+
+def test_a_batch_that_continues_cached_prompts_logs_an_error_as_well(tiny, caplog):
+    model, tokenizer = tiny
+    first = batch_generate(
+        model,
+        tokenizer,
+        [tokenizer.encode("Who are"), tokenizer.encode("What")],
+        max_tokens=2,
+        return_prompt_caches=True,
+    )
+    assert not caplog.records
+    rest = [tokenizer.encode(f" {PLACEHOLDERS[0]} you?"), tokenizer.encode(" is it?")]
+    batch_generate(model, tokenizer, rest, prompt_caches=first.caches, max_tokens=2)
+    (record,) = caplog.records
+    assert re.search(REFUSAL, record.message)
+
+
+def test_training_is_not_refused(tiny):
+    """Training data may have images for other models to see; the text around them is learned."""
+    model, _ = tiny
+    tokens = mx.array([[1, 380, 382, 381, 380, 383, 381, 2]])
+    model.train()
+    try:
+        assert model(tokens).shape == (1, 8, 384)
+    finally:
+        model.eval()
+    with pytest.raises(ValueError, match=REFUSAL):
+        model(tokens)
+
+
+def test_what_is_compiled_is_not_looked_at(tiny):
+    """There are no values to look at, and the result is the same."""
+    model, _ = tiny
+    tokens = mx.array([[1, 380, 382, 381, 380, 383, 381, 2]])
+    found = mx.compile(lambda tokens: model(tokens))(tokens)
+    model.train()  # which does not look either
+    try:
+        assert mx.allclose(found, model(tokens), rtol=1e-4, atol=1e-4)
+    finally:
+        model.eval()
+
+
+class Watched:
+    """Token ids that tell when somebody looks at them."""
+
+    def __init__(self, tokens: mx.array):
+        self.shape, self.tokens, self.looks = tokens.shape, tokens, 0
+
+    def __eq__(self, other: object) -> mx.array:
+        self.looks += 1
+        return self.tokens == other
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 2), (8, 5)])
+def test_single_tokens_are_not_looked_at(tiny, monkeypatch, shape):
+    """That would wait for the device at each token that is written."""
+    model, _ = tiny
+    monkeypatch.setattr(type(model.language_model), "__call__", lambda self, inputs, **options: inputs)
+    seen = model(Watched(mx.zeros(shape, mx.int32)))
+    assert bool(seen.looks) == (shape[1] > 1)
+
+
+def test_the_server_refuses_images_and_goes_on_after_a_placeholder(tiny_questions, tmp_path):
+    pair, log = tiny_questions[0], tmp_path / "log"
+    url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    image = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": url}}]
+    with serving(TINY, log) as base:
+        api = openai.OpenAI(base_url=base, api_key="none", timeout=120, max_retries=0)
+
+        def ask(content: str | list, **options) -> str:
+            reply = api.chat.completions.create(model=str(TINY), messages=chat(content), **options)
+            return reply.choices[0].message.content
+
+        with pytest.raises(openai.APIStatusError) as refusal:
+            ask(image)
+        assert 400 <= refusal.value.status_code < 500
+        assert "text" in refusal.value.response.text
+        assert pair["answer"] in ask(pair["question"])
+
+        ask(f"{PLACEHOLDERS[0]} What is it?")  # in a batch, which goes on
+        written(log, "ERROR - The prompt has placeholders of images")
+        assert pair["answer"] in ask(pair["question"])
+
+        # The host does not batch seeds, and closes the connection. What its prompt cache has is not looked at again.
+        with pytest.raises(openai.APIConnectionError):
+            ask(f"Look at it: {PLACEHOLDERS[1]} What is it?", seed=1)
+        written(log, "ValueError: The prompt has placeholders of images")
+        assert pair["answer"] in ask(pair["question"])
+
+
+def written(log, text: str) -> None:
+    """Wait until the server's log has this."""
+    for _ in range(100):
+        if text in log.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
