@@ -93,9 +93,9 @@ def figures() -> list[Figure]:
 def plan(folder: Path, options: argparse.Namespace) -> list[Part]:
     quick = options.quick
     chosen = {field: value for field in ("layers", "experts") if (value := getattr(options, field))}
-    base = Sizes(2, 32, hidden=512, width=256, heads=8, kv_heads=2, head_dim=64) if quick else Sizes()
+    base = Sizes(2, 32, hidden=512, width=256, heads=8, kv_heads=2, head_dim=64) if quick else Sizes(experts=64)
     sizes = replace(base, **chosen)
-    rounds = options.rounds or (2 if quick else 3)
+    rounds = options.rounds or 2
     contenders = ["ours", "host", *(["mlx-vlm"] if options.vlm_version else [])]
 
     def convert(source: str, target: str, *arguments: object) -> None:
@@ -261,7 +261,7 @@ def plot(rows: list[dict], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, fewer rounds, no mlx-vlm: a few minutes")
+    parser.add_argument("--quick", action="store_true", help="small sizes, no mlx-vlm: a few minutes")
     parser.add_argument("--only", choices=["float32", "bfloat16", "quantized", "convert", "peak", "sanitize", "start"])
     parser.add_argument("--layers", type=int, help="layers of the rates and conversions")
     parser.add_argument("--experts", type=int, help="experts of the rates and conversions")

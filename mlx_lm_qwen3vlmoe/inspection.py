@@ -137,8 +137,10 @@ def _hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
         folder = Path(snapshot_download(repository, allow_patterns=["config.json", "hf_quant_config.json"]))
         files = get_safetensors_metadata(repository).files_metadata
     except Exception as e:  # its own kinds, by version, and those of its transport
-        found = f"{type(e).__name__}: " + str(e).partition("\n")[0]
-        raise CheckpointError(f"{repository}: expected a folder or a reachable repository, found {found}") from e
+        reason = str(e).partition("\n")[0]
+        raise CheckpointError(
+            f"{repository}: expected a folder or a reachable repository, found {type(e).__name__}: {reason}"
+        ) from e
     return folder, {
         name: {
             tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}

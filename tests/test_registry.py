@@ -126,22 +126,21 @@ def test_start_up_imports_nothing_but_the_finder(installed):
 
 
 def test_start_up_costs_at_most_one_millisecond(wheel, tmp_path):
-    """The median difference of 50 alternated pairs of starts, with and without the start-up file; best of 3 tries."""
+    """Of the fastest of 50 starts with and without the start-up file, alternated: others only slow a start down."""
     environment = Environment(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--compile", wheel)
     startup = environment.site / "mlx_lm_qwen3vlmoe_startup.pth"
     away = startup.with_suffix(".away")
     code = (
-        "import subprocess, sys, time, os, statistics\n"
+        "import subprocess, sys, time, os\n"
         "python, startup, away = sys.argv[1:]\n"
         "def start():\n"
         "    begin = time.perf_counter(); subprocess.run([python, '-c', 'pass'], check=True)\n"
         "    return time.perf_counter() - begin\n"
-        "pairs = []\n"
+        "present, absent = [], []\n"
         "for _ in range(50):\n"
-        "    present = start(); os.rename(startup, away); absent = start(); os.rename(away, startup)\n"
-        "    pairs.append(present - absent)\n"
-        "print(statistics.median(pairs) * 1000)\n"
+        "    present.append(start()); os.rename(startup, away); absent.append(start()); os.rename(away, startup)\n"
+        "print((min(present) - min(absent)) * 1000)\n"
     )
     costs = []
     for _ in range(3):
