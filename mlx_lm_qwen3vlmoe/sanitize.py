@@ -164,7 +164,7 @@ def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weigh
                 before, after = before + source, after + tensors["weight"].nbytes
         elif "scales" not in tensors:
             for suffix, array in tensors.items():
-                if not mx.issubdtype(array.dtype, mx.floating):
+                if array is not None and not mx.issubdtype(array.dtype, mx.floating):  # the host's tests pass None
                     raise CheckpointError(
                         f"{layer}.{suffix}: expected floats, or scales beside it, found {array.dtype}. "
                         "Take the original checkpoint."
@@ -417,6 +417,8 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
     The host divides by the shapes of packed tensors before it compares any, which may end the process.
     """
     for name, array in weights.items():
+        if array is None:  # names alone, as in the host's tests
+            continue
         layer, _, suffix = name.rpartition(".")
         *lead, inputs = shape = shapes[f"{layer}.weight"]
         scales, size = weights.get(f"{layer}.scales"), array.shape[-1] if array.ndim == len(shape) and array.size else 0
