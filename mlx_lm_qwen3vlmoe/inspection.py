@@ -96,7 +96,8 @@ def inspect(
             model, config = load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
         if bits is not None:
             model = _quantized(model, config, bits)
-        report |= _memory(model, context) | _spread(model, ranks, context)
+        cache = _cache(model, context)
+        report |= _memory(model) | {"context": context, "cache_bytes": sum(cache)} | _spread(model, ranks, cache)
     except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host where it stops first
         report["error"] = f"{type(e).__name__}: {e}"
     finally:
@@ -113,7 +114,7 @@ def _local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
             text = file.read(min(length, 100_000_000))  # the format's own limit
         try:
             header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            end = 8 + length + _data_size(header)
             complete = all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
         except (ValueError, AttributeError, KeyError, TypeError, IndexError):
             complete = False
@@ -127,6 +128,11 @@ def _local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
     if not headers:
         raise CheckpointError(f"{folder}: expected model*.safetensors, found none. Is the download complete?")
     return headers
+
+
+def _data_size(header: Header) -> int:
+    """The bytes of a file that follow its header."""
+    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
 def _hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
@@ -171,7 +177,7 @@ def _write_hollow(folder: Path, headers: dict[str, Header], target: Path) -> Non
         text = json.dumps(header).encode()
         with (target / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + max((entry["data_offsets"][1] for entry in header.values()), default=0))
+            file.truncate(8 + len(text) + _data_size(header))
 
 
 @contextlib.contextmanager
@@ -253,16 +259,14 @@ def _quantized(model: Any, config: dict[str, Any], bits: int) -> Any:
     return model
 
 
-def _memory(model: Any, context: int) -> dict[str, Any]:
-    """The weights by their formats, and the key-value cache that a prompt of ``context`` tokens leaves."""
+def _memory(model: Any) -> dict[str, Any]:
+    """The weights, and by their formats."""
     formats: dict[str, int] = defaultdict(int)
     for _, array, packed in _arrays(model):
         formats[_format(packed) if packed else str(array.dtype).rpartition(".")[2]] += array.nbytes
     return {
         "weights_bytes": sum(formats.values()),
         "formats": dict(sorted(formats.items(), key=lambda item: -item[1])),
-        "context": context,
-        "cache_bytes": sum(_cache(model, context)),
     }
 
 
@@ -284,7 +288,7 @@ def _cache(model: Any, context: int) -> list[int]:
     return [layer.keys.nbytes + layer.values.nbytes for layer in cache]
 
 
-def _spread(model: Any, ranks: int, context: int) -> dict[str, Any]:
+def _spread(model: Any, ranks: int, cache: list[int]) -> dict[str, Any]:
     """What each of ``ranks`` machines holds, in both modes, or why it cannot. Cuts the model."""
     text = model.args.text_config
     plan: dict[str, Any] = {"ranks": ranks}
@@ -296,16 +300,15 @@ def _spread(model: Any, ranks: int, context: int) -> dict[str, Any]:
             if not hasattr(model, "shard"):
                 raise CheckpointError("this needs mlx-lm 0.32.0 or newer")
             parallel.check(ranks, mode, sizes)
-            plan[mode] = {"error": None, "ranks": share(model, ranks, context)}
+            plan[mode] = {"error": None, "ranks": share(model, ranks, cache)}
         except CheckpointError as e:
             plan[mode] = {"error": str(e), "ranks": []}
         plan[mode]["allowed"] = parallel.allowed(mode, sizes)
     return plan
 
 
-def _stages(model: Any, ranks: int, context: int) -> list[dict[str, int]]:
+def _stages(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
     """Some of the layers each, and on every rank what is outside of layers."""
-    cache = _cache(model, context)
     layers = [0] * len(cache)
     others = 0
     for path, array, _ in _arrays(model):
@@ -324,9 +327,8 @@ def _stages(model: Any, ranks: int, context: int) -> list[dict[str, int]]:
     return stages
 
 
-def _parts(model: Any, ranks: int, context: int) -> list[dict[str, int]]:
+def _parts(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
     """A part of every layer each, which are all of one size."""
-    cache = _cache(model, context)
     parallel.cut(model.language_model, Rank(0, ranks))
     weights = sum(array.nbytes for _, array, _ in _arrays(model))
     return [{"layers": len(cache), "weights_bytes": weights, "cache_bytes": sum(cache) // ranks}] * ranks

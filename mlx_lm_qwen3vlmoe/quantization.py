@@ -354,7 +354,7 @@ def _pack_quantized(layer: _Layer) -> tuple[Tensors, Parameters | None]:
         what = f"{list(packed.shape)} with scales {list(scales.shape)}, which fits {sorted(fitting) or 'no'} bits"
         raise layer.error("weight_packed", "to fit one scheme of config_groups", what)
     (bits,) = fitting
-    if zeros is None and all(scheme.get("symmetric") is False for scheme in _schemes(layer)):
+    if zeros is None and _asymmetric(layer):
         layer.take("weight_zero_point")
     if zeros is not None:
         layer.check("weight_zero_point", zeros, (outputs * bits // 32, groups))
@@ -375,6 +375,12 @@ def _schemes(layer: _Layer) -> list[dict[str, Any]]:
         if any(t == name or (str(t).startswith("re:") and _matches(t[3:], name)) for t in group.get("targets") or [])
     ]
     return named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+
+
+def _asymmetric(layer: _Layer) -> bool:
+    """Whether a layer has zero points by every scheme that may apply to it."""
+    schemes = _schemes(layer)
+    return bool(schemes) and all(scheme.get("symmetric") is False for scheme in schemes)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -400,7 +406,7 @@ def _int8(layer: _Layer) -> tuple[Tensors, Parameters | None]:
     if scales.size in (1, outputs):
         scales = mx.broadcast_to(scales.reshape(-1, 1), (outputs, 1))
     layer.check("weight_scale", scales, (outputs, scales.shape[-1]))
-    if zeros is None and (schemes := _schemes(layer)) and all(scheme.get("symmetric") is False for scheme in schemes):
+    if zeros is None and _asymmetric(layer):
         layer.take("weight_zero_point")
     if zeros is not None:
         zeros = mx.broadcast_to(zeros.reshape(-1, scales.shape[1]), scales.shape).astype(mx.int32) + 128
