@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
+QUANTIZED = ROOT / "tests" / "quantized" / "fixtures"  # by other tools
 TINY = ROOT / "examples" / "tiny-qwen3-vl-moe"
 OURS = "mlx_lm_qwen3vlmoe.model"  # where a model class lives that this package serves
 

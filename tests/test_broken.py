@@ -15,13 +15,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, TINY, run
+from conftest import FIXTURES, QUANTIZED, TINY, run
 from mlx_lm import load
 from mlx_lm.utils import load_model
 
 from mlx_lm_qwen3vlmoe import CheckpointError
 
-QUANTIZED = FIXTURES.parent / "quantized" / "fixtures"
 TOLERANCE = 1e-4  # of the largest logit, in float32
 TYPES = {"F16": "f2", "F32": "f4", "I8": "i1", "I32": "i4", "I64": "i8", "U8": "u1", "U32": "u4"}
 TYPES |= {"BF16": "u2", "F8_E4M3": "u1"}  # numpy has neither: their bits

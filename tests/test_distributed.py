@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, FIXTURES, OURS, ROOT, TINY, run
+from conftest import CLEAN, FIXTURES, OURS, QUANTIZED, ROOT, TINY, run
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
@@ -33,7 +33,6 @@ if not hasattr(qwen3_moe.Model, "shard"):
 
 BIN = Path(sys.executable).parent
 WORKERS = ROOT / "tests" / "distributed"
-QUANTIZED = ROOT / "tests" / "quantized" / "fixtures"
 TOLERANCE = 1e-4  # of the largest logit, in float32, as in one process
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 FLOAT = sorted(path.parent.name for path in FIXTURES.glob("*/golden.safetensors"))

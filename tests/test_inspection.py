@@ -15,12 +15,11 @@ from threading import Thread
 import mlx.core as mx
 import mlx_lm.models.qwen3_moe
 import pytest
-from conftest import FIXTURES, ROOT, TINY, run
+from conftest import FIXTURES, QUANTIZED, TINY, run
 
 from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.inspection import inspect, render
 
-QUANTIZED = ROOT / "tests" / "quantized" / "fixtures"
 CAN_SHARD = hasattr(mlx_lm.models.qwen3_moe.Model, "shard")
 BIG = {  # Qwen3-VL-235B-A22B
     "hidden_size": 4096,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, ROOT, run
+from conftest import OURS, QUANTIZED, ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx import nn, optimizers
@@ -20,8 +20,7 @@ from mlx_lm.utils import dequantize_model, load_config, load_model
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
 
-FIXTURES = ROOT / "tests" / "quantized" / "fixtures"
-NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.safetensors"))
+NAMES = sorted(path.parent.name for path in QUANTIZED.glob("*/golden.safetensors"))
 # Formats that MLX can only express in float: FP8, NVFP4 (on the CPU) and act-order GPTQ.
 FLOAT = [
     name
@@ -32,7 +31,7 @@ PACKED = [name for name in NAMES if name not in FLOAT]
 
 
 def golden(name: str) -> dict[str, mx.array]:
-    return mx.load(str(FIXTURES / name / "golden.safetensors"))
+    return mx.load(str(QUANTIZED / name / "golden.safetensors"))
 
 
 def load(path: Path, **options):
@@ -59,7 +58,7 @@ def test_every_format_has_a_fixture():
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_torchs_on_the_tools_own_dequantized_weights(name):
     """In float32. The values are the same, packed or not, and no rounding is to be excused."""
-    model, config = load(FIXTURES / name)
+    model, config = load(QUANTIZED / name)
     model.set_dtype(mx.float32)
     assert relative_error(model, golden(name)) < 1e-4
     assert "quantization_config" not in config
@@ -68,7 +67,7 @@ def test_logits_equal_torchs_on_the_tools_own_dequantized_weights(name):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_what_mlx_can_express_stays_packed(name):
-    model, config = load(FIXTURES / name)
+    model, config = load(QUANTIZED / name)
     layers = quantized_layers(model)
     kinds = {type(layer).__name__ for layer in layers.values()}
     assert "QuantizedSwitchLinear" in kinds or "QuantizedLinear" in kinds
@@ -81,8 +80,8 @@ def test_what_mlx_can_express_stays_packed(name):
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_layers_take_the_memory_of_the_file(name):
     """Within the scales and biases, which MLX keeps in up to 8 bytes for 32 to 128 weights."""
-    model, _ = load(FIXTURES / name)
-    stored = mx.load(str(next((FIXTURES / name).glob("model*.safetensors"))))
+    model, _ = load(QUANTIZED / name)
+    stored = mx.load(str(next((QUANTIZED / name).glob("model*.safetensors"))))
     file_bytes = sum(array.nbytes for key, array in stored.items() if ".visual." not in key)
     scales = sum(
         array.nbytes for path, array in tree_flatten(model.parameters()) if path.endswith((".scales", ".biases"))
@@ -98,7 +97,7 @@ def test_packed_layers_take_the_memory_of_the_file(name):
 
 @pytest.mark.parametrize("name", FLOAT)
 def test_what_mlx_cannot_express_is_float_with_one_notice(name, caplog):
-    model, config = load(FIXTURES / name)
+    model, config = load(QUANTIZED / name)
     notices = [record.getMessage() for record in caplog.records if "they are dequantized" in record.getMessage()]
     assert len(notices) == 1
     assert "mlx_lm.convert -q" in notices[0]
@@ -108,10 +107,10 @@ def test_what_mlx_cannot_express_is_float_with_one_notice(name, caplog):
 def test_nothing_is_evaluated_while_loading_lazily():
     """A file with the right headers and no data behind them would be read only by an evaluation."""
     for name in NAMES:
-        config = load_config(FIXTURES / name)
+        config = load_config(QUANTIZED / name)
         model = Model(ModelArgs.from_dict(config))
         weights = {}
-        for file in (FIXTURES / name).glob("model*.safetensors"):
+        for file in (QUANTIZED / name).glob("model*.safetensors"):
             weights |= mx.load(str(file))
         before = mx.get_active_memory()
         found = model.sanitize(weights)
@@ -119,7 +118,7 @@ def test_nothing_is_evaluated_while_loading_lazily():
         assert found
 
 
-VECTORS, METADATA = mx.load(str(ROOT / "tests" / "quantized" / "vectors.safetensors"), return_metadata=True)
+VECTORS, METADATA = mx.load(str(QUANTIZED.parent / "vectors.safetensors"), return_metadata=True)
 CASES = json.loads(METADATA["cases"])
 
 
@@ -160,7 +159,7 @@ def test_small_floats_are_what_mlx_has():
 @pytest.mark.parametrize("name", ["modelopt-nvfp4", "ct-nvfp4"])
 def test_nvfp4_experts_stay_packed_where_a_layer_can_hold_the_second_scale(name):
     """mlx-lm 0.32.1 and newer on a GPU; the values are checked with MLX's own decoder, which also runs here."""
-    stored = mx.load(str(FIXTURES / name / "model.safetensors"))
+    stored = mx.load(str(QUANTIZED / name / "model.safetensors"))
     prefix = "model.language_model.layers.0.mlp.experts.1.down_proj."
     tensors = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
     packed, parameters = quantization.decode("layer", tensors, {}, mx.float32, global_scale=True)
@@ -221,7 +220,7 @@ def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change,
     ],
 )
 def test_a_broken_quantized_checkpoint_names_the_tensor(name, change, message):
-    weights = mx.load(str(FIXTURES / name / "model.safetensors"))
+    weights = mx.load(str(QUANTIZED / name / "model.safetensors"))
     ((suffix, array),) = change.items()
     (key,) = [k for k in weights if "layers.0." in k and k.endswith(suffix)] or [
         next(k for k in weights if "layers.0." in k and "q_proj.weight" in k).rpartition(".")[0] + ".pre_quant_scale"
@@ -229,20 +228,20 @@ def test_a_broken_quantized_checkpoint_names_the_tensor(name, change, message):
     weights.pop(key, None)
     if array is not None:
         weights[key] = array
-    model = Model(ModelArgs.from_dict(load_config(FIXTURES / name)))
+    model = Model(ModelArgs.from_dict(load_config(QUANTIZED / name)))
     with pytest.raises(CheckpointError, match=message):
         model.sanitize(weights)
 
 
 def test_half_quantized_experts_are_refused():
     name = "awq-g64"
-    weights = mx.load(str(FIXTURES / name / "model.safetensors"))
+    weights = mx.load(str(QUANTIZED / name / "model.safetensors"))
     expert = "model.language_model.layers.0.mlp.experts.2.up_proj"
     shape = weights[f"{expert}.qweight"].shape
     for suffix in ("qweight", "qzeros", "scales"):
         del weights[f"{expert}.{suffix}"]
     weights[f"{expert}.weight"] = mx.zeros((shape[1] * 8, shape[0]), mx.float16)
-    model = Model(ModelArgs.from_dict(load_config(FIXTURES / name)))
+    model = Model(ModelArgs.from_dict(load_config(QUANTIZED / name)))
     with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj: expected the format of the other.*found float"):
         model.sanitize(weights)
 
@@ -260,7 +259,7 @@ def test_half_quantized_experts_are_refused():
     ],
 )
 def test_an_unknown_description_is_refused(description, message):
-    config = load_config(FIXTURES / "awq-g64") | {"quantization_config": description}
+    config = load_config(QUANTIZED / "awq-g64") | {"quantization_config": description}
     with pytest.raises(CheckpointError, match=message):
         ModelArgs.from_dict(config)
 
@@ -279,10 +278,10 @@ print(type(model).__module__, (mx.abs(found - golden["logits"]).max() / mx.abs(g
 def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_path):
     from mlx_lm.utils import save_config, save_model
 
-    model, config = load(FIXTURES / name)
+    model, config = load(QUANTIZED / name)
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
-    expected = FIXTURES / name / "golden.safetensors"
+    expected = QUANTIZED / name / "golden.safetensors"
     done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path, expected, env={"MLX_LM_PLUGINS": "0"})
     module, error = done.stdout.split()
     assert module == "mlx_lm.models.qwen3_vl_moe"
@@ -302,11 +301,11 @@ def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_pat
 def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, options, tmp_path):
     """The real command, which casts to the checkpoint's dtype: exact zero points come through."""
     source = tmp_path / "source"
-    shutil.copytree(FIXTURES / name, source, ignore=shutil.ignore_patterns("golden*"))
+    shutil.copytree(QUANTIZED / name, source, ignore=shutil.ignore_patterns("golden*"))
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         shutil.copy(ROOT / "examples" / "tiny-qwen3-vl-moe" / file, source)
     run(Path(sys.executable).parent / "mlx_lm.convert", "--hf-path", source, "--mlx-path", tmp_path / "out", *options)
-    expected = FIXTURES / name / "golden.safetensors"
+    expected = QUANTIZED / name / "golden.safetensors"
     done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path / "out", expected, env={"MLX_LM_PLUGINS": "0"})
     assert float(done.stdout.split()[1]) < (0.01 if name in FLOAT else 1e-4)  # bfloat16 rounds a float weight
 
@@ -314,7 +313,7 @@ def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, options, tmp_
 @pytest.mark.parametrize("name", ["awq-g32-bf16", "gptq-w4-sym", "ct-mxfp4"])
 def test_lora_trains_on_a_packed_base_and_fuses(name):
     """With the host's own tuner, on attention and experts."""
-    model, _ = load(FIXTURES / name)
+    model, _ = load(QUANTIZED / name)
     ids = golden(name)["ids"]
     mx.random.seed(0)
     model.freeze()
@@ -343,7 +342,7 @@ def test_lora_trains_on_a_packed_base_and_fuses(name):
 @pytest.mark.parametrize("place", ["top", "text_config", "hf_quant_config.json"])
 def test_the_description_is_found_in_all_three_places(place, tmp_path):
     name = "modelopt-nvfp4" if place == "hf_quant_config.json" else "awq-g64"
-    shutil.copytree(FIXTURES / name, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(QUANTIZED / name, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "hf_quant_config.json").unlink(missing_ok=True)
     description = config.pop("quantization_config")

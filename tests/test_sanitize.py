@@ -8,14 +8,13 @@ import time
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, run
+from conftest import FIXTURES, QUANTIZED, run
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 from mlx_lm_qwen3vlmoe.sanitize import sanitize
 
-QUANTIZED = FIXTURES.parent / "quantized" / "fixtures"
 E, H, I, L = 3, 6, 5, 2  # noqa: E741 - experts, hidden, expert width, layers: no two axes alike
 ATTENTION = {
     "self_attn.q_proj.weight": (8, H),
