@@ -28,9 +28,10 @@ from mlx_lm.utils import load_model, quantize_model
 
 from . import config as configs
 from . import parallel, quantization
+from .backend import device, narrow, planned
 from .errors import CheckpointError
 from .model import Model, ModelArgs
-from .sanitize import HEAD, PLANNED, announce_cast, device, host_name
+from .sanitize import HEAD, host_name
 
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
 # Quantization method → the field that tells its format.
@@ -87,21 +88,23 @@ def inspect(
         "error": None,
         "notes": notes,
     }
-    token = PLANNED.set(mx.Device(getattr(mx, on)) if on else None)
-    try:
-        report["device"] = "CPU" if device() == mx.cpu else "GPU"
-        report["quantization"] = _quantization(config)
-        with _noting(notes if bits is None else []), tempfile.TemporaryDirectory() as hollow:
-            _write_hollow(folder, headers, Path(hollow))
-            model, config = load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
-        if bits is not None:
-            model = _quantized(model, config, bits)
-        cache = _cache(model, context)
-        report |= _memory(model) | {"context": context, "cache_bytes": sum(cache)} | _spread(model, ranks, cache)
-    except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host where it stops first
-        report["error"] = f"{type(e).__name__}: {e}"
-    finally:
-        PLANNED.reset(token)
+    with planned(mx.Device(getattr(mx, on)) if on else None):
+        try:
+            report["device"] = "CPU" if device() == mx.cpu else "GPU"
+            report["quantization"] = _quantization(config)
+            with _noting(notes if bits is None else []), tempfile.TemporaryDirectory() as hollow:
+                _write_hollow(folder, headers, Path(hollow))
+                model, config = load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
+            if bits is not None:
+                model = _quantized(model, config, bits)
+            cache = _cache(model, context)
+            report |= _memory(model) | {"context": context, "cache_bytes": sum(cache)}
+            if cast := sum(experts.weight.nbytes for experts in narrow(model)):
+                notes.append(f"on the CPU, experts are cast to float32 when first used: {cast / 1e9:.3f} GB more")
+            report |= _spread(model, ranks, cache)
+        # of the package, or of the host where it stops first
+        except (ValueError, KeyError, TypeError, RuntimeError) as e:
+            report["error"] = f"{type(e).__name__}: {e}"
     return report
 
 
@@ -188,7 +191,6 @@ def _noting(notes: list[str]) -> Iterator[None]:
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
-    announce_cast.cache_clear()  # it is said once a process otherwise
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import __version__, config, parallel
+from . import __version__, backend, config, parallel
 from .errors import HostError
 from .quantization import describe
 from .sanitize import check_shapes, sanitize
@@ -86,9 +86,10 @@ class Decoder(qwen3_moe.Qwen3MoeModel):
         """
         parallel.check(group.size(), "pipeline", {"num_hidden_layers": self.num_hidden_layers})
         super().pipeline(group, *arguments)
-        h = self.embed_tokens(mx.array([[0]]))
-        for layer in self.pipeline_layers:  # not computed: only the dtype is looked at
-            h = layer(h)
+        with backend.planned():  # not computed: only the dtype is looked at
+            h = self.embed_tokens(mx.array([[0]]))
+            for layer in self.pipeline_layers:
+                h = layer(h)
         wide = h.dtype == mx.float32
         anywhere = bool(mx.distributed.all_sum(mx.array(wide, mx.int32), group=group, stream=mx.cpu).item())
         first = self.pipeline_rank == self.pipeline_size - 1
@@ -120,6 +121,7 @@ class Model(nn.Module):
             rope.mscale = text["rope_scaling"].get("attention_factor", rope.mscale)
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
+        backend.adapt(self.language_model)
         if hasattr(self.model, "pipeline"):
             self.model.__class__ = Decoder  # the host's constructor names its own
 

@@ -18,18 +18,17 @@ than memory can be converted, or read in part by one machine of many.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from . import quantization
+from .backend import device, turned
 from .config import record_quantization
 from .errors import CheckpointError, MissingTensorError
 
@@ -40,9 +39,6 @@ Weights = dict[str, mx.array]
 Packed = dict[str, quantization.Parameters]  # path of a layer that stays packed → its parameters
 Part = tuple[str, Weights, quantization.Parameters | None]  # of a SwitchGLU: projection, tensors, parameters if packed
 logger = logging.getLogger(__name__)
-
-# A device other than this machine's, for which arrays are laid out but never evaluated.
-PLANNED: ContextVar[mx.Device | None] = ContextVar("PLANNED", default=None)
 
 _DECODER = "language_model.model."
 _EMBEDDINGS = f"{_DECODER}embed_tokens."
@@ -59,7 +55,6 @@ _LAYER = re.compile(re.escape(_DECODER) + r"layers\.(\d+)\.")
 _FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))((?:_scale_inv|_scale)?)")
 _EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|scales|biases|global_scale)")
 _PROJECTION_FIRST = re.compile(r"\.experts\.((?:gate|up|down)_proj)\.(\d+)\.")
-_SWITCH_WEIGHT = re.compile(r"\.switch_mlp\.\w+\.weight$")
 _TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what only a dense one has
     r"(?:lm_head|model\.embed_tokens|model\.norm|model\.layers\.(\d+)\."
     r"(?:input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\."
@@ -89,7 +84,7 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     check_names(weights, args.text_config)
     if packed:
         record_quantization(args.config, packed)
-    return cast_experts(weights)
+    return weights
 
 
 def rename(weights: Weights) -> Weights:
@@ -270,11 +265,11 @@ def _split(mlp: str, fused: Weights, sizes: dict[str, Any]) -> Iterator[Part]:
     if down_in_out is None:
         down_in_out = gate_up_in_out
     if gate_up_in_out:
-        gate, up = _turned(gate_up[..., :i]), _turned(gate_up[..., i:])
+        gate, up = turned(gate_up[..., :i]), turned(gate_up[..., i:])
     else:
         gate, up = gate_up[:, :i], gate_up[:, i:]
     if down_in_out:
-        down = _turned(down)
+        down = turned(down)
     for projection, weight in (("gate", gate), ("up", up), ("down", down)):
         yield projection, {"weight": weight}, None
 
@@ -288,18 +283,6 @@ def _in_out(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool |
             "hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
         )
     return None if shape == swapped else found == shape
-
-
-def _turned(array: mx.array) -> mx.array:
-    """``[E, in, out]`` as the ``[E, out, in]`` of the host, in an order in memory that its backend multiplies uncopied.
-
-    MLX's CPU backend takes either order of the last two axes if it is exactly contiguous, and copies the whole array at
-    every call otherwise: a contiguous half viewed transposed is the cheapest to make. CUDA's matrix-vector kernel wants
-    ``[E, out, in]`` itself contiguous; Metal takes any.
-    """
-    if device() == mx.cpu:
-        return mx.contiguous(_multipliable(array)).swapaxes(-1, -2)
-    return mx.contiguous(array.swapaxes(-1, -2))
 
 
 def _stacked(mlp: str, single: dict[str, dict[int, Weights]], packed: Packed, sizes: dict[str, Any]) -> Iterator[Part]:
@@ -440,33 +423,6 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
             )
 
 
-def device() -> mx.Device:
-    """The device that arrays are prepared for: MLX's default, or the one that `PLANNED` names."""
-    return PLANNED.get() or mx.default_device()
-
-
 def _takes_global_scale() -> bool:
     """Whether stacked experts can hold NVFP4's second scale: mlx-lm 0.32.1 and newer, on a GPU."""
     return device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
-
-
-def cast_experts(weights: Weights) -> Weights:
-    """Unquantized experts in a dtype that the backend multiplies, see `_multipliable`."""
-    return {name: _multipliable(array) if _SWITCH_WEIGHT.search(name) else array for name, array in weights.items()}
-
-
-def _multipliable(array: mx.array) -> mx.array:
-    """MLX's CPU backend multiplies unquantized experts in float32 only (`GatherMM`), so there they are cast."""
-    if device() != mx.cpu or array.dtype not in (mx.bfloat16, mx.float16):
-        return array
-    announce_cast(array.dtype)
-    return array.astype(mx.float32)
-
-
-@functools.cache
-def announce_cast(dtype: mx.Dtype) -> None:
-    logger.warning(
-        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s and take twice the "
-        "memory. Quantized experts (mlx_lm.convert -q) run as they are.",
-        str(dtype).rpartition(".")[2],
-    )

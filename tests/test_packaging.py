@@ -22,6 +22,7 @@ START = "mlx_lm_qwen3vlmoe.registry:install\n"
 INSTALLED = """\
 mlx_lm_qwen3vlmoe/__init__.py
 mlx_lm_qwen3vlmoe/__main__.py
+mlx_lm_qwen3vlmoe/backend.py
 mlx_lm_qwen3vlmoe/config.py
 mlx_lm_qwen3vlmoe/diagnosis.py
 mlx_lm_qwen3vlmoe/errors.py
