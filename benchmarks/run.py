@@ -204,7 +204,8 @@ def tabulate(results: dict) -> list[dict]:
         row = {"figure": figure.label, "unit": figure.unit, "values": values, "against": figure.against}
         row |= {"compared": compared, "target": figure.bound, "certain": figure.certain, "higher": figure.best is max}
         if figure.bound is not None:
-            row["met"] = compared >= figure.bound if row["higher"] else compared <= figure.bound
+            shown = round(compared, 2)
+            row["met"] = shown >= figure.bound if row["higher"] else shown <= figure.bound
         rows.append(row)
     return rows
 

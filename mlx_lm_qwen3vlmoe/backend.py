@@ -1,17 +1,18 @@
-"""What MLX's backends ask of unquantized experts: an order in memory, and on the CPU a dtype.
+"""What MLX's backends ask of experts: an order in memory, and on the CPU a dtype.
 
 Read from the ``GatherMM`` of MLX's backends (https://github.com/ml-explore/mlx/tree/main/mlx/backend):
 
-| backend | takes, of the last two axes                       | in      | fastest                            |
-|---------|---------------------------------------------------|---------|------------------------------------|
-| CPU     | either order, exactly contiguous; copies any other| float32 | ``[E, in, out]``, viewed transposed|
-| CUDA    | the same                                          | any     | ``[E, out, in]``                   |
-| Metal   | any                                               | any     | either                             |
+| backend | takes, of the last two axes                        | in      | fastest                             |
+|---------|----------------------------------------------------|---------|-------------------------------------|
+| CPU     | either order, exactly contiguous; copies any other | float32 | ``[E, in, out]``, viewed transposed |
+| CUDA    | the same                                           | any     | ``[E, out, in]``                    |
+| Metal   | any                                                | any     | either                              |
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def device() -> mx.Device:
 def turned(array: mx.array) -> mx.array:
     """``[E, in, out]`` as the ``[E, out, in]`` of the host, in an order in memory that the backend takes uncopied.
 
-    In 16 bits, no order helps the CPU: see `Experts`.
+    In 16 bits, no order helps the CPU: see `CPUSwitchLinear`.
     """
     if device() != mx.cpu:
         return mx.contiguous(array.swapaxes(-1, -2))
@@ -54,7 +55,12 @@ def turned(array: mx.array) -> mx.array:
     return array.swapaxes(-1, -2)
 
 
-class Experts(SwitchLinear):
+def takes_global_scale() -> bool:
+    """Whether stacked experts can hold NVFP4's second scale: mlx-lm 0.32.1 and newer, on a GPU."""
+    return device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
+
+
+class CPUSwitchLinear(SwitchLinear):
     """The host's stacked experts of one projection, on the CPU, where 16-bit ones are cast when they are first used.
 
     Not when they are loaded: what is only converted, quantized or saved keeps its dtype, and takes no memory for it.
@@ -80,12 +86,12 @@ def adapt(model: nn.Module) -> None:
     if device() == mx.cpu:
         for module in model.modules():
             if isinstance(module, SwitchLinear):
-                module.__class__ = Experts
+                module.__class__ = CPUSwitchLinear
 
 
-def narrow(model: nn.Module) -> list[Experts]:
+def narrow(model: nn.Module) -> list[CPUSwitchLinear]:
     """The experts of a model that will be cast."""
-    return [m for m in model.modules() if isinstance(m, Experts) and m.weight.dtype != mx.float32]
+    return [m for m in model.modules() if isinstance(m, CPUSwitchLinear) and m.weight.dtype != mx.float32]
 
 
 def _widened(weight: mx.array) -> mx.array | None:

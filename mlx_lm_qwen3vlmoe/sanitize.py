@@ -18,17 +18,15 @@ than memory can be converted, or read in part by one machine of many.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from . import quantization
-from .backend import device, turned
+from .backend import device, takes_global_scale, turned
 from .config import record_quantization
 from .errors import CheckpointError, MissingTensorError
 
@@ -139,14 +137,14 @@ def decode(weights: Weights, args: ModelArgs, whole: bool = True) -> tuple[Weigh
     decoded: Weights = {}
     packed: Packed = {}
     # On the CPU, experts are multiplied in float32 only, and all that follows them is float32 too.
-    takes_global_scale = _takes_global_scale()
+    second_scale = takes_global_scale()
     dtype = mx.float32 if device() == mx.cpu else getattr(mx, str(args.text_config.get("dtype")), mx.bfloat16)
     before = after = 0
     for layer, tensors in layers.items():
         fused = layer.endswith(("experts.gate_up_proj", "experts.down_proj"))
         if quantization.is_foreign(tensors):
             source = sum(array.nbytes for array in tensors.values())
-            global_scale = ".mlp.experts." in layer and takes_global_scale
+            global_scale = ".mlp.experts." in layer and second_scale
             try:
                 tensors, parameters = quantization.decode(layer, tensors, args.quantization_config, dtype, global_scale)
             except MissingTensorError:
@@ -421,8 +419,3 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"{name}: expected {expected} {list(shape)}, found {array.dtype} {list(array.shape)}. Are the sizes in "
                 "config.json those of this checkpoint, and is no file of it missing?"
             )
-
-
-def _takes_global_scale() -> bool:
-    """Whether stacked experts can hold NVFP4's second scale: mlx-lm 0.32.1 and newer, on a GPU."""
-    return device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
