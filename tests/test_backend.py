@@ -10,13 +10,12 @@ import pytest
 from conftest import FIXTURES
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
-from test_sanitize import args, official
+from test_sanitize import E, H, I, args, official
 
 from mlx_lm_qwen3vlmoe import Model, backend, get_model_classes
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="other backends multiply 16 bits")
 PROMPT = mx.array([[1, 7, 3, 2]])
-E, H, I = 3, 6, 5  # noqa: E741 - of test_sanitize: experts, hidden, expert width
 
 
 def model_of(weights: dict[str, mx.array]) -> Model:

@@ -81,7 +81,7 @@ class Server:
             text = line[:500].decode(errors="replace").rstrip()
             if " - INFO - " not in text and '" 200 -' not in text:
                 self.last.append(text)
-            self.placeholders_logged += "The prompt has placeholders of images" in text
+            self.placeholders_logged += " - ERROR - The prompt has placeholders of images" in text
             self.died |= "generation thread died" in text
 
     def check(self) -> None:
@@ -383,9 +383,10 @@ class Client:
             raise FailureError(f"an image was refused with {text}")
 
     def placeholder(self) -> None:
-        """A placeholder among other requests: the log has an error, and it is answered where it was batched.
+        """A placeholder among other requests: it is answered, with an error in the log.
 
-        The host batches nothing that it takes up before it has loaded its model again (see `unknown_model`).
+        The host batches nothing that it takes up before it has loaded its model again (see `unknown_model`): it is then
+        refused, as in `placeholder_alone`.
         """
         chat, _ = self.pair()
         marker = f"{self.random.randrange(10**9)}"  # what is in the prompt cache is not looked at again
@@ -398,6 +399,7 @@ class Client:
                 self.api.completions.create(model=str(TINY), prompt=chat[0]["content"])
         except openai.APIConnectionError:
             self.counts["placeholders not batched"] += 1
+            return
         deadline = time.monotonic() + 10
         while self.server.placeholders_logged == before:
             if time.monotonic() > deadline:
