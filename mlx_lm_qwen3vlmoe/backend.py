@@ -38,6 +38,11 @@ def planned(device: mx.Device | None = None) -> Iterator[None]:
         _planned.reset(token)
 
 
+def planning() -> bool:
+    """Whether arrays have no values."""
+    return _planned.get() is not None
+
+
 def device() -> mx.Device:
     """The device that arrays are laid out for."""
     return _planned.get() or mx.default_device()

@@ -17,12 +17,16 @@ Sources: ``configuration_qwen3_vl_moe.py`` and ``modeling_rope_utils.py`` of tra
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import reprlib
 from collections import Counter
 from typing import Any
 
+from mlx_lm.models.base import BaseModelArgs
+
+from . import quantization
 from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -63,6 +67,42 @@ _TEXT_FIELDS = {
     "router_aux_loss_coef",
     "use_cache",
 } - {"model_type"}
+
+
+@dataclasses.dataclass
+class ModelArgs(BaseModelArgs):
+    """What the model needs of a config.
+
+    Attributes:
+        model_type: ``qwen3_vl_moe``.
+        text_config: the language model's fields as the host's ``qwen3_moe.ModelArgs`` takes them, and others.
+        tie_word_embeddings: whether the head is the embedding matrix; None where only the tensors can tell.
+        quantization_config: how another tool quantized the checkpoint, in its own terms.
+        config: the live config, in which the host looks for ``quantization`` after ``sanitize``.
+    """
+
+    model_type: str
+    text_config: dict[str, Any]
+    tie_word_embeddings: bool | None = None
+    quantization_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        normalize({"text_config": self.text_config})
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
+        """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
+        tie = tied(params)
+        text_config = normalize(params)
+        foreign = take_quantization(params)
+        return cls(
+            params.get("model_type", "qwen3_vl_moe"),
+            text_config,
+            tie,
+            quantization.describe(foreign) if foreign is not None else {},
+            params,
+        )
 
 
 def normalize(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,24 +153,19 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tied(config: dict[str, Any]) -> bool | None:
-    """Whether the output head is the embedding matrix: True, False, or None where only the tensors can tell.
+    """Whether a config says that the output head, where none is stored, is the embedding matrix; None: it says nothing.
 
     To be asked before `normalize`. transformers 4.57 obeys ``text_config``, 5 the top level, where ``text_config`` says
-    true by a class default even beside a real head. So a config that contradicts itself is believed only where it names
-    version 5, and ``true`` in ``text_config`` alone is not enough.
+    true by a class default.
     """
     text = config.get("text_config")
-    top, nested = config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    for value in (top, nested):
-        if value not in (None, True, False):
+    flags = [config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, dict) else None]
+    for value in flags:
+        if value is not None and not isinstance(value, bool):
             raise _error("tie_word_embeddings", "true or false", value)
-    if top and nested is not False:
-        return True
-    if top is False and (_transformers(config) or 0) >= 5:
+    if flags[0] is False and (_transformers(config) or 0) >= 5:
         return False
-    if top or nested or (top is None and nested is None):
-        return None
-    return False
+    return True if True in flags else False if False in flags else None
 
 
 def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,8 +205,10 @@ def record_quantization(config: dict[str, Any], packed: dict[str, dict[str, Any]
         packed: path of a layer → ``group_size``, ``bits`` and, unless it is affine, ``mode``.
     """
     ((parameters, _),) = Counter(tuple(sorted(parameters.items())) for parameters in packed.values()).most_common(1)
-    common = dict(parameters)
-    config["quantization"] = {name: value for name, value in common.items() if name != "global_scale"}
+    common = {field: value for field, value in parameters if field != "global_scale"}
+    own = config.get("quantization") or {}  # of MLX, which has other layers too
+    common = {field: own[field] for field in ("group_size", "bits", "mode") if field in own} or common
+    config["quantization"] = {**own, **common}
     config["quantization"] |= {path: parameters for path, parameters in packed.items() if parameters != common}
 
 

@@ -29,9 +29,10 @@ from mlx_lm.utils import load_model, quantize_model
 from . import config as configs
 from . import parallel, quantization
 from .backend import device, narrow, planned
+from .config import ModelArgs
 from .errors import CheckpointError
-from .model import Model, ModelArgs
-from .sanitize import HEAD, host_name
+from .model import Model
+from .names import host_name, layer_and_suffix
 
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
 # Quantization method → the field that tells its format.
@@ -83,7 +84,7 @@ def inspect(
         "checkpoint": checkpoint,
         "layout": _layout(tensors),
         "quantization": "unknown",
-        "tensors": _sorted_out(tensors, configs.tied(config)),
+        "tensors": _sorted_out(tensors),
         "complete": not notes,
         "error": None,
         "notes": notes,
@@ -231,7 +232,7 @@ def _format(parameters: dict[str, Any]) -> str:
     )
 
 
-def _sorted_out(names: Iterable[str], tied: bool | None) -> dict[str, Any]:
+def _sorted_out(names: Iterable[str]) -> dict[str, Any]:
     """How many tensors the model takes and leaves, and the names of those that are no model's of this type."""
     counts = {"kept": 0, "dropped": 0}
     unknown = []
@@ -241,7 +242,7 @@ def _sorted_out(names: Iterable[str], tied: bool | None) -> dict[str, Any]:
         except CheckpointError:
             unknown.append(name)
             continue
-        if taken is not None and ((tied and taken.startswith(HEAD)) or name.rpartition(".")[2] in quantization.IGNORED):
+        if taken is not None and layer_and_suffix(name)[1] in quantization.IGNORED:
             taken = None
         counts["kept" if taken else "dropped"] += 1
     return {**counts, "unknown": unknown}

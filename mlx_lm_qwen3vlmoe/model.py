@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -19,51 +18,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_moe
-from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import __version__, backend, config, parallel
+from . import __version__, backend, parallel
+from .config import ModelArgs
 from .errors import HostError
-from .quantization import describe
 from .sanitize import check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ModelArgs(BaseModelArgs):
-    """What the model needs of a config.
-
-    Attributes:
-        model_type: ``qwen3_vl_moe``.
-        text_config: the language model's fields as the host's ``qwen3_moe.ModelArgs`` takes them, and others.
-        tie_word_embeddings: whether the head is the embedding matrix; None where only the tensors can tell.
-        quantization_config: how another tool quantized the checkpoint, in its own terms.
-        config: the live config, in which the host looks for ``quantization`` after ``sanitize``.
-    """
-
-    model_type: str
-    text_config: dict[str, Any]
-    tie_word_embeddings: bool | None = None
-    quantization_config: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        config.normalize({"text_config": self.text_config})
-
-    @classmethod
-    def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
-        """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
-        tied = config.tied(params)
-        text_config = config.normalize(params)
-        foreign = config.take_quantization(params)
-        return cls(
-            params.get("model_type", "qwen3_vl_moe"),
-            text_config,
-            tied,
-            describe(foreign) if foreign is not None else {},
-            params,
-        )
+__all__ = ["Model", "ModelArgs"]  # what the entry point promises
 
 
 def _host_error(what: str) -> HostError:

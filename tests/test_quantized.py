@@ -19,6 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model, load_config, load_model
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
+from mlx_lm_qwen3vlmoe.quantization import numbers, packing
 
 NAMES = sorted(path.parent.name for path in QUANTIZED.glob("*/golden.safetensors"))
 # Formats that MLX can only express in float: FP8, NVFP4 (on the CPU) and act-order GPTQ.
@@ -122,6 +123,11 @@ VECTORS, METADATA = mx.load(str(QUANTIZED.parent / "vectors.safetensors"), retur
 CASES = json.loads(METADATA["cases"])
 
 
+def decode(tensors: dict[str, mx.array], config: dict[str, object], **options) -> quantization.Decoded:
+    settings = quantization.settings(config, "layer")
+    return quantization.decode(quantization.Layer("layer", tensors, settings, mx.float32, **options))
+
+
 def layer(case: str) -> dict[str, mx.array]:
     return {name.rpartition(".")[2]: array for name, array in VECTORS.items() if name.startswith(f"{case}.")}
 
@@ -131,7 +137,7 @@ def test_every_packing_decodes_to_the_tools_own_values(case):
     """Random weights, packed and dequantized by the tools, one layer each."""
     tensors = layer(case)
     weight = tensors.pop("weight")
-    decoded, parameters = quantization.decode("layer", tensors, CASES[case], mx.float32)
+    decoded, parameters, _ = decode(tensors, CASES[case])
     if parameters is not None:
         decoded = {"weight": quantization.dequantize(decoded, parameters, mx.float32)}
     assert (parameters is None) == ("actorder" in case)
@@ -144,16 +150,16 @@ def test_bit_streams_are_mlxs_own(bits, rows, words, data):
     drawn = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=rows * words * bits, max_size=rows * words * bits))
     packed = mx.array(drawn, mx.uint32).reshape(rows, words * bits)
     expected = mx.dequantize(packed, mx.ones((rows, words)), mx.zeros((rows, words)), 32, bits)
-    assert mx.array_equal(quantization._unpack(packed, bits), expected.astype(mx.int32))
+    assert mx.array_equal(packing.unpack(packed, bits), expected.astype(mx.int32))
 
 
 def test_small_floats_are_what_mlx_has():
     """All 256 codes of e4m3 and all 16 of e2m1, against MLX's own decoding."""
     codes = mx.arange(256).astype(mx.uint8)
-    assert mx.array_equal(quantization._e4m3(codes), mx.from_fp8(codes, mx.float32), equal_nan=True)
+    assert mx.array_equal(numbers.e4m3(codes), mx.from_fp8(codes, mx.float32), equal_nan=True)
     packed, ones = codes.reshape(8, 32).view(mx.uint32), mx.full((8, 2), 127, mx.uint8)
     expected = mx.dequantize(packed, ones, None, 32, 4, mode="mxfp4", dtype=mx.float32)
-    assert mx.array_equal(quantization._fp4(codes.reshape(8, 32)), expected)
+    assert mx.array_equal(numbers.e2m1(codes.reshape(8, 32)), expected)
 
 
 @pytest.mark.parametrize("name", ["modelopt-nvfp4", "ct-nvfp4"])
@@ -162,10 +168,10 @@ def test_nvfp4_experts_stay_packed_where_a_layer_can_hold_the_second_scale(name)
     stored = mx.load(str(QUANTIZED / name / "model.safetensors"))
     prefix = "model.language_model.layers.0.mlp.experts.1.down_proj."
     tensors = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
-    packed, parameters = quantization.decode("layer", tensors, {}, mx.float32, global_scale=True)
+    packed, parameters, _ = decode(tensors, {}, takes_global_scale=True)
     assert parameters == {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True}
     assert packed["global_scale"].shape == ()
-    decoded, _ = quantization.decode("layer", tensors, {}, mx.float32)
+    decoded, *_ = decode(tensors, {})
     found = quantization.dequantize(packed, parameters, mx.float32)
     assert mx.allclose(found, decoded["weight"], rtol=1e-5, atol=0)
 
@@ -185,8 +191,13 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
         ("awq-w4-gemm", {"pre_quant_scale": mx.ones(96)}, AWQ, r"layer\.pre_quant_scale: expected nothing"),
         ("gptq-w4-sym", {"qzeros": None}, None, r"layer\.qzeros"),
         ("gptq-w4-sym", {"qweight": mx.ones((12, 63), mx.int32)}, None, r"layer\.qweight: expected the shape"),
-        ("gptq-w4-sym", {"g_idx": mx.ones(50, mx.int32)}, None, r"layer\.qweight: expected 2, 3, 4, 5, 6 or 8 bits"),
-        ("gptq-p-w3-sym", {}, None, r"expected checkpoint_format gptq or gptq_v2, found 'gptq_p'"),
+        ("gptq-w4-sym", {"g_idx": mx.ones(50, mx.int32)}, None, r"layer\.g_idx: expected the shape"),
+        (
+            "gptq-p-w3-sym",
+            {},
+            None,
+            r"expected gptq or gptq_v2 in quantization_config .*'gptq_p'",
+        ),
     ],
 )
 def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change, config, message):
@@ -194,7 +205,7 @@ def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change,
     del tensors["weight"]
     tensors = {suffix: array for suffix, array in tensors.items() if array is not None}
     with pytest.raises(CheckpointError, match=message):
-        quantization.decode("layer", tensors, config or CASES[case], mx.float32)
+        decode(tensors, config or CASES[case])
 
 
 @pytest.mark.parametrize(
@@ -211,7 +222,7 @@ def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change,
             r"q_proj\.weight_scale_inv: expected",
         ),
         ("modelopt-nvfp4", {"q_proj.weight_scale": None}, r"q_proj\.weight_scale: expected beside the other tensors"),
-        ("modelopt-nvfp4", {"q_proj.weight_scale_2": mx.ones(3)}, r"q_proj\.weight_scale_2 .*expected one number"),
+        ("modelopt-nvfp4", {"q_proj.weight_scale_2": mx.ones(3)}, r"q_proj\.weight_scale_2: expected one number"),
         ("modelopt-nvfp4", {"q_proj.pre_quant_scale": mx.ones(96)}, r"q_proj\.pre_quant_scale: expected nothing"),
         ("ct-w4a16-g32", {"q_proj.weight_scale": mx.ones((128, 5))}, r"q_proj\.weight_(scale|packed): expected"),
         ("ct-w8a8-int8", {"q_proj.weight_scale": mx.ones((5, 1))}, r"q_proj\.weight_scale: expected the shape"),
@@ -233,17 +244,23 @@ def test_a_broken_quantized_checkpoint_names_the_tensor(name, change, message):
         model.sanitize(weights)
 
 
-def test_half_quantized_experts_are_refused():
+def test_a_float_expert_among_packed_ones_makes_its_projection_float(caplog):
     name = "awq-g64"
     weights = mx.load(str(QUANTIZED / name / "model.safetensors"))
-    expert = "model.language_model.layers.0.mlp.experts.2.up_proj"
-    shape = weights[f"{expert}.qweight"].shape
+    prefix = "language_model.model.layers.0.mlp"
+    expected, _ = load(QUANTIZED / name)
+    expert = f"model.{prefix.replace('.model', '', 1)}.experts.2.up_proj"
+    up = expected.layers[0].mlp.switch_mlp.up_proj
+    whole = mx.dequantize(up.weight, up.scales, up.biases, up.group_size, up.bits)
     for suffix in ("qweight", "qzeros", "scales"):
         del weights[f"{expert}.{suffix}"]
-    weights[f"{expert}.weight"] = mx.zeros((shape[1] * 8, shape[0]), mx.float16)
-    model = Model(ModelArgs.from_dict(load_config(QUANTIZED / name)))
-    with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj: expected the format of the other.*found float"):
-        model.sanitize(weights)
+    weights[f"{expert}.weight"] = whole[2]
+    model = Model(ModelArgs.from_dict(config := load_config(QUANTIZED / name)))
+    found = model.sanitize(weights)
+    assert mx.allclose(found[f"{prefix}.switch_mlp.up_proj.weight"], whole, rtol=1e-6, atol=1e-7)
+    assert f"{prefix}.switch_mlp.gate_proj.scales" in found
+    assert "experts of one layer in different formats" in caplog.text
+    assert config["quantization"]["bits"] == 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Layers as they are stored → layers as MLX has them, whoever quantized them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.core as mx
+
+from . import quantization
+from .backend import device, planning, takes_global_scale
+from .errors import CheckpointError
+from .names import module_name
+from .quantization import Decoded, Layer, Tensors
+
+logger = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Decodes the layers of one checkpoint, and keeps account of those that become float.
+
+    Args:
+        description: how another tool quantized the checkpoint, see `mlx_lm_qwen3vlmoe.quantization.describe`.
+        own: MLX's own description, ``config["quantization"]``.
+        dtype: of the checkpoint, by its config.
+    """
+
+    def __init__(self, description: dict[str, Any], own: dict[str, Any], dtype: str | None):
+        self.description, self.own = description, own
+        # On the CPU float32: experts must be, and so is then all that follows.
+        self.dtype: mx.Dtype = mx.float32 if device() == mx.cpu else getattr(mx, dtype or "bfloat16")
+        self._reasons: dict[str, None] = {}
+        self._before = self._after = 0
+
+    def __call__(self, path: str, tensors: Tensors, lead: tuple[int, ...] = ()) -> Decoded:
+        """One layer, or a stack of alike ones with ``lead`` in front; raises `CheckpointError`."""
+        if not quantization.is_foreign(tensors):
+            return self._mlx(path, tensors, bool(lead))
+        layer = Layer(
+            path,
+            tensors,
+            quantization.settings(self.description, module_name(path)),
+            self.dtype,
+            lead,
+            takes_global_scale() and ".mlp.experts." in path,
+            planning(),
+        )
+        decoded = quantization.decode(layer)
+        if decoded.why_float:
+            self._count(tensors, decoded)
+        return decoded
+
+    def _mlx(self, path: str, tensors: Tensors, stacked: bool) -> Decoded:
+        """A float layer, or one that MLX packed; the parameters only where the host would not find them."""
+        for suffix, array in tensors.items():
+            if array is not None and "scales" not in tensors and not mx.issubdtype(array.dtype, mx.floating):
+                raise CheckpointError(  # the host's own tests pass None
+                    f"{path}.{suffix}: expected floats, or scales beside it, found {array.dtype}. "
+                    "Take the original checkpoint."
+                )
+        entry = self.own.get(module_name(path))
+        if "scales" not in tensors or (entry is None and ".mlp.experts." not in path):
+            return Decoded(tensors)
+        parameters = entry if isinstance(entry, dict) else self.own
+        if not {"group_size", "bits"} <= parameters.keys():
+            raise CheckpointError(
+                f"{path}.scales: expected group_size and bits in quantization of config.json, found nothing. "
+                "Take config.json from the original checkpoint."
+            )
+        fields = ("group_size", "bits", "mode")
+        return Decoded(tensors, {field: parameters[field] for field in fields if field in parameters})
+
+    def describes_alike(self, paths: list[str]) -> bool:
+        """Whether the description says the same of these layers."""
+        first, *others = ({**self._settings(path)} for path in paths)
+        return all(other == first for other in others)
+
+    def _settings(self, path: str) -> dict[str, Any]:
+        name = module_name(path)
+        own = self.own.get(name)
+        return {"mlx": own, **quantization.settings(self.description, name)}
+
+    def in_common(self, layers: list[Decoded]) -> list[Decoded]:
+        """Layers of one shape, to be stacked, in one format."""
+        common, exact = quantization.common(layers, self.dtype)
+        if not exact:
+            for before, after in zip(layers, common, strict=True):
+                if before.parameters is not None:
+                    self._count(before.tensors, after)
+        return common
+
+    def _count(self, stored: Tensors, decoded: Decoded) -> None:
+        self._reasons[decoded.why_float or ""] = None
+        self._before += sum(array.nbytes for array in stored.values())
+        self._after += decoded.tensors["weight"].nbytes
+
+    def report(self) -> None:
+        """Log once what became float, and what that costs."""
+        if self._reasons:
+            logger.warning(
+                "MLX has no packed format for layers of this checkpoint (%s): they are dequantized, and take %.2f GB "
+                "of memory for %.2f GB in the file. mlx_lm.convert -q writes a smaller copy.",
+                ", ".join(self._reasons),
+                self._after / 1e9,
+                self._before / 1e9,
+            )

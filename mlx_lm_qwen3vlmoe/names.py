@@ -1,0 +1,78 @@
+"""The names that writers give to tensors ↔ those of the host.
+
+| names                                                                     | writer                              |
+|---------------------------------------------------------------------------|-------------------------------------|
+| ``model.language_model.layers.…``, ``model.visual.…``, ``lm_head.…``      | official release, transformers 4.57 |
+| ``language_model.model.…``, ``vision_tower.…``, ``language_model.lm_head``| MLX                                 |
+| ``language_model.model.layers.…``, ``visual.…``                           | transformers before 4.57            |
+| ``language_model.layers.…``, ``model.layers.…``, ``layers.…``             | a bare language model               |
+
+Numbers in names are decimals without leading zeros: ``experts.01`` would be a second ``experts.1``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import CheckpointError
+
+DECODER = "language_model.model."
+EMBEDDINGS = f"{DECODER}embed_tokens"
+HEAD = "language_model.lm_head"
+NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+_TEXT = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?"
+    rf"((?:layers\.{NUMBER}|embed_tokens|norm|lm_head)\..+)"
+)
+_VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
+# Rotary frequencies are computed, and the router has no bias: some exports invent one.
+_MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
+_PROJECTION_FIRST = re.compile(rf"\.experts\.((?:gate|up|down)_proj)\.({NUMBER})\.")
+_PLURAL = re.compile(rf"\.experts\.(gate_up|down)_projs\.({NUMBER})\.")
+_FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))(?:_([a-z_]+))?")
+
+
+def host_name(name: str) -> str | None:
+    """The host's name for a tensor of any writer's; None for what a text model has no use for.
+
+    Separate experts, which the host does not have, become ``experts.{e}.{p}_proj``. Raises `CheckpointError`.
+    """
+    if not (match := _TEXT.fullmatch(name)):
+        if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
+            return None
+        raise CheckpointError(
+            f"{shortened(name)}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., "
+            "model.visual.), found another. Is this checkpoint of another model type, or an adapter?"
+        )
+    text = match[1]
+    if _MEANINGLESS.fullmatch(text):
+        return None
+    if ".experts." in text:
+        text = _PLURAL.sub(r".experts.\2.\1_proj.", _PROJECTION_FIRST.sub(r".experts.\2.\1.", text))
+    return f"language_model.{text}" if text.startswith("lm_head.") else DECODER + text
+
+
+def module_name(path: str) -> str:
+    """The name that transformers, and so the descriptions of quantized checkpoints, have for a module of the host's."""
+    if path.startswith(HEAD):
+        return path.removeprefix("language_model.")
+    return path.replace(DECODER, "model.language_model.", 1)
+
+
+def layer_and_suffix(name: str) -> tuple[str, str]:
+    """A tensor's name in two: the layer, and what it is of the layer (``weight``, ``scales``, ``weight.absmax``).
+
+    Fused experts have no ``.weight``: ``gate_up_proj`` is their weight, ``gate_up_proj_scale_inv`` its
+    ``weight_scale_inv``.
+    """
+    layer, _, suffix = name.rpartition(".")
+    if layer.endswith(".mlp.experts") and (match := _FUSED.fullmatch(name)):
+        return match[1], f"weight_{match[2]}" if match[2] else "weight"
+    if ".weight." in name:  # bitsandbytes
+        layer, _, suffix = name.partition(".weight.")
+        return layer, f"weight.{suffix}"
+    return layer, suffix
+
+
+def shortened(name: str) -> str:
+    return name if len(name) < 200 else f"{name[:100]}…{name[-60:]}"

@@ -1,0 +1,117 @@
+"""Linear layers as other tools quantized them → MLX's packed tensors with the same values, or float weights.
+
+One file is one family of formats, found by the ``quant_method`` of the checkpoint's description. Its table ``FORMATS``
+says what the family has; formulas that families share are in `affine`, `microscaling` and `fp8`, numbers in `numbers`,
+words in `packing`. A family has
+
+- ``METHODS``: the values of ``quant_method``; ``DETAIL``: the field of the description that tells the format;
+- ``TENSORS``: suffixes that mark a layer as quantized, whatever the description says: tools leave layers unquantized
+  that their description names, and the reverse;
+- ``check(config)``, if the description has fields of its own whose types it relies on;
+- ``settings(config, name)``, if the description has fields for single layers;
+- ``decode(layer)``: the tensors of one layer, or of a stack of alike ones, as MLX's.
+
+Nothing is evaluated, but for the order of inputs in act-order (see `gptq.group_order`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from . import awq, compressed_tensors, fp8, gptq, modelopt
+from .affine import common, dequantize
+from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors, check_kinds
+
+__all__ = [
+    "FAMILIES",
+    "IGNORED",
+    "Decoded",
+    "Format",
+    "Layer",
+    "Parameters",
+    "Tensors",
+    "common",
+    "decode",
+    "dequantize",
+    "describe",
+    "is_foreign",
+    "settings",
+]
+
+FAMILIES: tuple[ModuleType, ...] = (awq, compressed_tensors, fp8, gptq, modelopt)
+_BY_METHOD = {method: family for family in FAMILIES for method in family.METHODS}
+_FOREIGN = IGNORED.union(*(family.TENSORS for family in FAMILIES))
+# What tells the family where there is no description.
+_UNDESCRIBED = {"weight_scale_2": modelopt, "weight_global_scale": compressed_tensors, "weight_scale_inv": fp8}
+
+
+def describe(config: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's own description, flat, from ``quantization_config`` or the content of ``hf_quant_config.json``.
+
+    Raises `CheckpointError` for a method that is not known here, or one that changes more than linear layers' weights.
+    """
+    if isinstance(nested := config.get("quantization"), dict):  # ModelOpt's hf_quant_config.json
+        config = {"quant_method": "modelopt", **config, **nested}
+    method = config.get("quant_method")
+    if method not in _BY_METHOD:
+        raise CheckpointError(
+            f"quantization_config: quant_method: expected one of {', '.join(sorted(_BY_METHOD))}, found {method!r}. "
+            "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q."
+        )
+    check_kinds("", config, bits=int, group_size=int, sparsity_config=dict)
+    family = _BY_METHOD[method]
+    if hasattr(family, "check"):
+        family.check(config)
+    sparsity = config.get("sparsity_config") or {}
+    for field, value in (
+        ("transform_config", config.get("transform_config")),
+        ("sparsity_config", sparsity.get("format", "dense") != "dense" and sparsity),
+    ):
+        if value:
+            raise CheckpointError(
+                f"quantization_config: {field}: expected nothing, found {value!r}. "
+                "Use a checkpoint that is quantized only, or the unquantized one with mlx_lm.convert -q."
+            )
+    return config
+
+
+def is_foreign(tensors: Tensors) -> bool:
+    """Whether the tensors of a layer are neither a float weight nor MLX's own packed ones."""
+    weight = tensors.get("weight")
+    return not _FOREIGN.isdisjoint(tensors) or (weight is not None and weight.dtype in (mx.uint8, mx.int8, mx.int32))
+
+
+def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the description says of a layer; ``name`` as transformers has it, ``model.language_model.layers.…``."""
+    family = _BY_METHOD.get(config.get("quant_method"))
+    return family.settings(config, name) if hasattr(family, "settings") else config  # type: ignore[union-attr]
+
+
+def decode(layer: Layer) -> Decoded:
+    """MLX's packed tensors and their parameters, or a float weight.
+
+    Raises:
+        CheckpointError: the format is unknown or unsupported, or a tensor is missing or of the wrong shape.
+    """
+    if not layer.tensors:
+        return Decoded({})
+    family = _BY_METHOD.get(layer.settings.get("quant_method"))
+    if family is None:
+        family = next((family for suffix, family in _UNDESCRIBED.items() if suffix in layer.tensors), None)
+    if family is None:
+        raise layer.error(
+            "weight", "quantization_config, which tells the format", f"none beside {sorted(layer.tensors)}"
+        )
+    others = sorted(_FOREIGN.intersection(layer.tensors) - family.TENSORS)
+    if others and family.TENSORS.isdisjoint(layer.tensors):
+        fitting = [name for name, each in _BY_METHOD.items() if others[0] in each.TENSORS]
+        method = layer.settings.get("quant_method")
+        raise layer.error(others[0], f"quant_method {' or '.join(fitting)} in quantization_config", repr(method))
+    decoded: Decoded = family.decode(layer)
+    if layer.tensors:
+        raise layer.error(sorted(layer.tensors)[0], "nothing (it would change the weight)", "the tensor")
+    return decoded

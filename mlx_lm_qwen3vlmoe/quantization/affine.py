@@ -1,0 +1,136 @@
+"""Integers with a scale and a zero point a group → MLX's affine mode, or a float weight.
+
+MLX has ``w = scales * q + biases``, one scale and bias for 32, 64 or 128 neighbors along *in*, and 2, 3, 4, 5, 6 or 8
+bits. A zero point ``z`` becomes ``biases = -z * scales``, in float32 (as are then the scales) unless it is the middle
+of the range: 16 bits would round it, which costs more than 1 % of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+from .layer import Decoded, Layer, Parameters, Tensors
+from .packing import pack, unpack
+
+BITS = (2, 3, 4, 5, 6, 8)
+_GROUPS = (128, 64, 32)
+Common = tuple[Tensors, Parameters | None]
+
+
+def affine(
+    layer: Layer,
+    words: mx.array,
+    scales: mx.array,
+    zeros: mx.array | None,
+    bits: int,
+    group_size: int | None = None,
+) -> Decoded:
+    """``w = scales * (q - zeros)``.
+
+    Args:
+        layer: for errors, and for the dtype.
+        words: ``[…, out, in * bits / 32]``, packed as MLX packs.
+        scales: ``[…, out, groups]`` floats. A group that MLX lacks is repeated as groups of 128, 64 or 32, or decoded.
+        zeros: ``[…, out, groups]``; None means ``2 ** (bits - 1)``.
+        group_size: as described; a last group may be cut short. None or -1 means equal groups.
+    """
+    inputs, groups = words.shape[-1] * 32 // bits, scales.shape[-1]
+    size = group_size_of(layer, inputs, groups, group_size)
+    # Every group begins at a multiple of this, and so does the end.
+    step = math.gcd(size, inputs)
+    group = next((g for g in _GROUPS if step % g == 0), None)
+    if scales.dtype not in (mx.float16, mx.bfloat16):
+        scales = scales.astype(mx.float32 if zeros is not None else layer.dtype)
+    wide = scales.astype(mx.float32)
+    if group is None or bits not in BITS:
+        order = mx.arange(inputs) // size
+        why = f"groups of {size}" if bits in BITS else f"{bits} bits"
+        return ungrouped(layer, words, wide, zeros, bits, order, why)
+    # The middle of the range only shifts the exponent; the product with any other zero point needs more digits.
+    if zeros is None:
+        biases = (-(2 ** (bits - 1)) * wide).astype(scales.dtype)
+    else:
+        scales, biases = wide, -zeros.astype(mx.float32) * wide
+    if group != size:
+        scales, biases = (regroup(array, inputs, size, group) for array in (scales, biases))
+    return Decoded({"weight": words, "scales": scales, "biases": biases}, {"group_size": group, "bits": bits})
+
+
+def ungrouped(
+    layer: Layer, words: mx.array, scales: mx.array, zeros: mx.array | None, bits: int, order: mx.array, why: str
+) -> Decoded:
+    """A float weight, where the inputs of a group are not neighbors: ``order [in]`` or ``[…, in]`` has their groups."""
+    order = mx.broadcast_to(mx.expand_dims(order, -2), (*scales.shape[:-2], 1, order.shape[-1]))
+    zero = 2 ** (bits - 1) if zeros is None else mx.take_along_axis(zeros.astype(mx.float32), order, -1)
+    weight = (unpack(words, bits) - zero) * mx.take_along_axis(scales.astype(mx.float32), order, -1)
+    return Decoded({"weight": weight.astype(layer.dtype)}, None, why)
+
+
+def group_size_of(layer: Layer, inputs: int, groups: int, described: int | None) -> int:
+    """The size of a group, whose last may be cut short; raises `CheckpointError` where the description is not met."""
+    if described is None or described <= 0:
+        if inputs % groups:
+            raise layer.error("weight", f"groups of equal size of {inputs} inputs", f"{groups} groups")
+        return inputs // groups
+    if groups == 1 and described >= inputs:
+        return inputs
+    if groups != math.ceil(inputs / described):
+        raise layer.error("weight", f"groups of {described} of {inputs} inputs", f"{groups} groups")
+    return described
+
+
+def regroup(array: mx.array, inputs: int, size: int, group: int) -> mx.array:
+    """``[…, groups]`` of ``size`` inputs each → the same numbers for groups of ``group`` inputs, contiguous."""
+    if inputs % size == 0:
+        return mx.contiguous(mx.repeat(array, size // group, -1))
+    return mx.take(array, mx.arange(0, inputs, group) // size, -1)
+
+
+def dequantize(tensors: Tensors, parameters: Parameters, dtype: mx.Dtype) -> mx.array:
+    """The float weight of MLX's packed tensors."""
+    options: dict[str, Any] = {name: value for name, value in parameters.items() if name != "global_scale"}
+    if "global_scale" in tensors:
+        options |= {"global_scale": tensors["global_scale"], "dtype": mx.float32}
+    if "biases" in tensors:
+        scales, biases = (tensors[name].astype(mx.float32) for name in ("scales", "biases"))
+    else:  # bfloat16 holds a small float times a power of two
+        scales, biases = tensors["scales"], None
+    return mx.dequantize(tensors["weight"], scales, biases, **options).astype(dtype)
+
+
+def common(layers: list[Decoded], dtype: mx.Dtype) -> tuple[list[Decoded], bool]:
+    """Layers of one shape in different formats → in one, with the same values; False where only floats can do that.
+
+    A code of 4 bits is a code of 8 bits with the same scale and bias, and a group splits into smaller ones.
+    """
+    parameters = [layer.parameters for layer in layers]
+    if any(p is None or p.get("mode", "affine") != "affine" for p in parameters):
+        if all(p == parameters[0] for p in parameters):
+            return layers, True
+        return [_float(layer, dtype) for layer in layers], False
+    bits = max(p["bits"] for p in parameters if p)
+    group = min(p["group_size"] for p in parameters if p)
+    scales = {layer.tensors[name].dtype for layer in layers for name in ("scales", "biases")}
+    kind = scales.pop() if len(scales) == 1 else mx.float32
+    return [_widened(layer, bits, group, kind) for layer in layers], True
+
+
+def _float(layer: Decoded, dtype: mx.Dtype) -> Decoded:
+    if layer.parameters is None:
+        weight = layer.tensors["weight"].astype(dtype)
+    else:
+        weight = dequantize(layer.tensors, layer.parameters, dtype)
+    return Decoded({"weight": weight}, None, layer.why_float or "experts of one layer in different formats")
+
+
+def _widened(layer: Decoded, bits: int, group: int, dtype: mx.Dtype) -> Decoded:
+    own: Any = layer.parameters
+    tensors = dict(layer.tensors)
+    if own["bits"] != bits:
+        tensors["weight"] = pack(unpack(tensors["weight"], own["bits"]), bits)
+    for name in ("scales", "biases"):
+        tensors[name] = mx.repeat(tensors[name].astype(dtype), own["group_size"] // group, -1)
+    return Decoded(tensors, {**own, "bits": bits, "group_size": group})

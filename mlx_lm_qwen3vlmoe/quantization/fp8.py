@@ -1,0 +1,123 @@
+"""FP8: ``w = e4m3 * s``, with one scale for the whole, for each output, each block or each group; becomes float.
+
+``weight […, R, C]`` e4m3. Despite its name, ``weight_scale_inv`` multiplies too. The scale is ``[]`` or ``[1]``,
+``[R]`` or ``[R, 1]``, or ``[⌈R/b⌉, ⌈C/b⌉]`` in the orientation of the weight, with the last blocks cut short
+(ModelOpt: ``[R/b, 1, C/b, 1]``). Blocks with e8m0 scales (powers of two) are MXFP8 with every scale repeated, and stay
+packed where 32 divides them. Sources: ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors
+0.19, ModelOpt 0.47.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+from .layer import Decoded, Format, Layer, Tensors, check_block
+from .microscaling import mxfp8
+from .numbers import e4m3, e8m0, has_mode, loaded_e4m3
+
+METHODS = ("fp8",)
+DETAIL = "fmt"
+TENSORS = {"weight_scale_inv", "weight_scale"}
+FORMATS = (
+    Format(
+        "FP8 of the official releases, transformers, ModelOpt and compressed-tensors",
+        "`weight` in e4m3, with float scales for the tensor, the channel or the block",
+        "float",
+        "16 bits",
+    ),
+    Format(
+        "FP8 in blocks with power-of-two scales",
+        "e4m3, with scales in E8M0",
+        "`mxfp8`, with scales repeated",
+        "packed",
+    ),
+)
+_BLOCK = (128, 128)  # of the official releases; where nothing is said, the shape has to fit it
+
+
+def check(config: dict[str, Any]) -> None:
+    check_block("", config, "weight_block_size")
+
+
+def decode(layer: Layer) -> Decoded:
+    suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
+    return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
+
+
+def scaled(layer: Layer, weight: mx.array, suffix: str, block: tuple[int, int] | None) -> Decoded:
+    """e4m3 times the scale of that name.
+
+    Args:
+        block: rows and columns that share a scale, as described; ``(0, 0)`` where the description rules blocks out;
+            None where it says nothing.
+    """
+    scale = layer.take(suffix)
+    if weight.dtype != loaded_e4m3():
+        raise layer.error("weight", "e4m3", weight.dtype)
+    rows, columns = layer.shape(weight)
+    scale, high, wide = _in_blocks(layer, suffix, scale, (rows, columns), block)
+    power = scale.dtype == mx.uint8
+    if power and columns % 32 == wide % 32 == 0 and weight.dtype == mx.uint8 and has_mode("mxfp8"):
+        return mxfp8(layer, weight, spread(spread(scale, -2, rows, high, 1), -1, columns, wide, 32))
+    scale = e8m0(scale) if power else scale.astype(mx.float32)
+    # The largest pieces that make up the blocks, of which the last may be cut short, and the whole.
+    tall, broad = math.gcd(rows, high), math.gcd(columns, wide)
+    scale = spread(spread(scale, -2, rows, high, tall), -1, columns, wide, broad)
+    pieces = e4m3(weight).reshape(*layer.lead, rows // tall, tall, columns // broad, broad)
+    product = pieces * mx.expand_dims(scale, (-3, -1))
+    return Decoded({"weight": product.reshape(weight.shape).astype(layer.dtype)}, None, "FP8 with float scales")
+
+
+def _in_blocks(
+    layer: Layer, suffix: str, scale: mx.array, shape: tuple[int, int], block: tuple[int, int] | None
+) -> tuple[mx.array, int, int]:
+    """The scale as ``[⌈rows / high⌉, ⌈columns / wide⌉]``, and these two."""
+    rows, columns = shape
+    found = layer.shape(scale)
+    if len(found) == 4 and found[1] == found[3] == 1:  # ModelOpt's
+        scale = scale.squeeze((-3, -1))
+        found = layer.shape(scale)
+    high, wide = block or _BLOCK
+    if high and found == (math.ceil(rows / high), math.ceil(columns / wide)):
+        return scale, high, wide
+    if not (block and high):
+        if all(axis == 1 for axis in found):
+            return scale.reshape(*layer.lead, 1, 1), rows, columns
+        if found in ((rows,), (rows, 1)):
+            return scale.reshape(*layer.lead, rows, 1), 1, columns
+    expected = "one number, or one a row" if not (block and high) else f"one number for each block of {high} by {wide}"
+    raise layer.error(suffix, f"{expected} of {rows} by {columns}", list(found))
+
+
+def described_block(settings: dict[str, Any]) -> tuple[int, int] | None:
+    """What `scaled` takes as ``block``, from ``weight_block_size``."""
+    if "weight_block_size" not in settings:
+        return None
+    block = settings["weight_block_size"] or (0, 0)
+    return block[0], block[1]
+
+
+def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.array:
+    """One number a block along an axis of ``size`` → one a piece of it, where pieces divide the blocks and the axis."""
+    if piece == block:
+        return scale
+    return mx.take(scale, mx.arange(0, size, piece) // block, axis)
+
+
+def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
+    """A layer cut in two along an axis, -1 or -2, before it is decoded; None where that goes through a block."""
+    size = tensors["weight"].shape[axis]
+    block = (described_block(settings) or _BLOCK)[axis]
+    first, second = {}, {}
+    for suffix, array in tensors.items():
+        parts = array.shape[axis] if array.ndim == tensors["weight"].ndim else 1
+        if parts == 1:
+            first[suffix] = second[suffix] = array
+        elif parts == size or (parts * block == size and parts % 2 == 0):
+            first[suffix], second[suffix] = mx.split(array, 2, axis)
+        else:
+            return None
+    return first, second

@@ -1,0 +1,95 @@
+"""GPTQ: ``w = (q - z) * s[g_idx]``; ``qweight`` is packed along *in*, as MLX packs, but transposed.
+
+``qweight [in * bits / 32, out]`` int32, ``qzeros [groups, out * bits / 32]`` int32, ``scales [groups, out]``, ``g_idx
+[in]`` int32, the group of each input. Format ``gptq`` stores ``z - 1``, ``gptq_v2`` stores ``z``. The tensors tell the
+bits: layers may have others than the description. Source: ``gptqmodel/nn_modules/qlinear`` of GPTQModel 7.7.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import mlx.core as mx
+
+from .affine import affine, group_size_of, ungrouped
+from .layer import Decoded, Format, Layer, check_kinds
+from .packing import unpack
+
+METHODS = ("gptq",)
+DETAIL = "checkpoint_format"
+TENSORS = {"qweight", "qzeros", "g_idx"}
+FORMATS = (
+    Format(
+        "GPTQ, 2, 3, 4, 5, 6 or 8 bits, `gptq` and `gptq_v2`",
+        "`qweight` with `quant_method` `gptq`",
+        "affine",
+        "packed",
+    ),
+    Format("GPTQ in act-order", "the same, and a `g_idx` that is out of order", "float", "16 bits"),
+)
+
+
+def check(config: dict[str, Any]) -> None:
+    check_kinds("", config, dynamic=dict)
+
+
+def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """``dynamic`` has rules for layers whose names match: ``"+:regex"`` (or without the sign) → other fields."""
+    for rule, fields in (config.get("dynamic") or {}).items():
+        if isinstance(fields, dict) and not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+            return {**config, **fields}
+    return config
+
+
+def decode(layer: Layer) -> Decoded:
+    form = layer.setting("checkpoint_format", "gptq or gptq_v2", "gptq", "gptq_v2", default="gptq")
+    return words_along_inputs(layer, stored_less_one=form == "gptq")
+
+
+def words_along_inputs(layer: Layer, stored_less_one: bool) -> Decoded:
+    """The layout of GPTQ, with zero points as they are or less one."""
+    qweight, qzeros, scales = layer.words("qweight", 2), layer.words("qzeros", 2), layer.floats("scales", 2)
+    g_idx = layer.take_optional("g_idx", 1)
+    if g_idx is None and layer.settings.get("desc_act"):
+        layer.take("g_idx")
+    (rows, _), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
+    bits, rest = divmod(layer.shape(qzeros)[1] * 32, outputs)
+    if rest or bits not in (2, 3, 4, 5, 6, 8):
+        what = f"2, 3, 4, 5, 6 or 8 bits for each of {outputs} outputs"
+        raise layer.error("qzeros", what, list(layer.shape(qzeros)))
+    layer.check("qweight", qweight, (rows, outputs))
+    layer.check("qzeros", qzeros, (groups, outputs * bits // 32))
+    inputs, rest = divmod(rows * 32, bits)
+    if rest:
+        raise layer.error("qweight", f"whole numbers of {bits} bits", list(layer.shape(qweight)))
+    if stored_less_one and 32 % bits == 0:  # the tool subtracts from whole words: 1 comes back with the carries
+        qzeros = qzeros + sum(1 << i for i in range(0, 32, bits))
+    zeros = unpack(qzeros, bits)
+    if stored_less_one and 32 % bits:
+        zeros = (zeros + 1) & (2**bits - 1)
+    packed = mx.contiguous(qweight.swapaxes(-1, -2))
+    scales, zeros = mx.contiguous(scales.swapaxes(-1, -2)), zeros.swapaxes(-1, -2)
+    group_size = layer.settings.get("group_size")
+    if g_idx is not None:
+        layer.check("g_idx", g_idx, (inputs,))
+        order = group_order(layer, "g_idx", g_idx, groups, group_size_of(layer, inputs, groups, group_size))
+        if order is not None:
+            return ungrouped(layer, packed, scales, zeros, bits, order, "act-order")
+    return affine(layer, packed, scales, zeros, bits, group_size)
+
+
+def group_order(layer: Layer, suffix: str, indices: mx.array, groups: int, size: int) -> mx.array | None:
+    """The group of each input, or None where neighbors are in one; raises `CheckpointError` for one that is not there.
+
+    The only values that loading looks at: a group that is not there would read memory of somebody else.
+    """
+    if layer.planning:
+        return None if layer.settings.get("desc_act") is False else indices
+    indices = indices.astype(mx.int32)
+    ordered = indices == mx.arange(indices.shape[-1]) // size
+    found: Any = mx.stack([indices.min(), indices.max(), ordered.all().astype(mx.int32)]).tolist()
+    least, most, in_order = found
+    if least < 0 or most >= groups:
+        raise layer.error(suffix, f"groups from 0 to {groups - 1}", least if least < 0 else most)
+    return None if in_order else indices

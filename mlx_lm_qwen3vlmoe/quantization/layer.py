@@ -1,0 +1,161 @@
+"""One linear layer that another tool quantized, and what becomes of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, MissingTensorError
+
+Tensors = dict[str, mx.array]
+Parameters = dict[str, Any]  # of mlx.nn.quantize: group_size, bits, mode, and global_scale for nvfp4
+
+# Of activations or the key-value cache, or of no use here: weight_shape repeats what the shapes tell.
+IGNORED = {
+    *("input_scale", "input_global_scale", "input_zero_point", "output_scale", "activation_scale", "weight_shape"),
+    *("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point"),
+    *("k_bias", "v_bias"),
+}
+_INTEGERS = ("qweight", "qzeros", "g_idx", "weight_g_idx")
+
+
+class Format(NamedTuple):
+    """A row of the table of formats in docs/checkpoints.md."""
+
+    name: str
+    told_by: str
+    becomes: str
+    in_memory: str
+
+
+class Decoded(NamedTuple):
+    """MLX's packed tensors and their parameters; or a float weight, None, and why MLX cannot hold it packed."""
+
+    tensors: Tensors
+    parameters: Parameters | None = None
+    why_float: str | None = None
+
+
+def check_kinds(where: str, fields: dict[str, Any], **kinds: Any) -> None:
+    """Raise `CheckpointError` for a field that is not of its type; a number is one that an axis can have, or -1."""
+    for field, kind in kinds.items():
+        value: Any = fields.get(field)
+        if value is not None and (type(value) is not kind or (kind is int and not (value == -1 or 0 < value < 2**31))):
+            raise _description_error(where + field, kind.__name__, value)
+
+
+def check_block(where: str, fields: dict[str, Any], field: str) -> None:
+    """Raise `CheckpointError` for a block that is not two positive sizes."""
+    block = fields.get(field)
+    if block is None or (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        check_kinds(where, {field: max(block or [1])}, **{field: int})
+    else:
+        raise _description_error(where + field, "two positive integers", block)
+
+
+def _description_error(field: str, expected: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        f"quantization_config: {field}: expected {expected}, found {found!r}. "
+        "Take config.json from the original checkpoint."
+    )
+
+
+class Layer:
+    """The tensors of a linear layer, taken one by one: what is left over in the end was not understood.
+
+    Attributes:
+        name: of the layer, for errors.
+        tensors: suffix → array.
+        settings: the checkpoint's description, as far as it speaks of this layer.
+        dtype: of the float weight, where MLX cannot express the format.
+        lead: the axes in front of every tensor: ``()``, or ``(experts,)`` for a stack of alike layers, whose shapes are
+            ``lead + shape``. Formulas work along the last two axes, so that one serves both.
+        takes_global_scale: whether the host's layer can hold NVFP4's second scale.
+        planning: whether the tensors have no values yet (`inspect` reads headers only).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Tensors,
+        settings: dict[str, Any],
+        dtype: mx.Dtype,
+        lead: tuple[int, ...] = (),
+        takes_global_scale: bool = False,
+        planning: bool = False,
+    ):
+        self.name, self.settings, self.dtype = name, settings, dtype
+        self.tensors = {suffix: array for suffix, array in tensors.items() if suffix not in IGNORED}
+        self.lead, self.takes_global_scale, self.planning = lead, takes_global_scale, planning
+
+    def error(self, suffix: str, expected: str, found: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}.{suffix}: expected {expected}, found {found}. Is quantization_config that of this "
+            "checkpoint? If so, use another format, or the unquantized checkpoint with mlx_lm.convert -q."
+        )
+
+    def setting(self, field: str, expected: str, *known: object, default: object = None) -> Any:
+        """A field of the description, which has to be one of the known values."""
+        value = self.settings.get(field, default)
+        if value not in known:
+            raise self.error("weight", f"{expected} in quantization_config ({field})", repr(value))
+        return value
+
+    def shape(self, array: mx.array) -> tuple[int, ...]:
+        """The shape of one layer's tensor."""
+        return array.shape[len(self.lead) :]
+
+    def has(self, suffix: str, *dtypes: mx.Dtype) -> bool:
+        """Whether there is such a tensor, of one of these dtypes if any are named."""
+        return suffix in self.tensors and (not dtypes or self.tensors[suffix].dtype in dtypes)
+
+    def take_optional(self, suffix: str, *ranks: int) -> mx.array | None:
+        return self.take(suffix, *ranks) if suffix in self.tensors else None
+
+    def take(self, suffix: str, *ranks: int) -> mx.array:
+        """Remove a tensor and return it, as one of these ranks (of one layer), with the dtype that its name has."""
+        if suffix not in self.tensors:
+            raise MissingTensorError(
+                f"{self.name}.{suffix}: expected beside the other tensors of its layer, found nothing. "
+                "Is a file of the checkpoint missing?"
+            )
+        array = self.tensors.pop(suffix)
+        if (ranks and len(self.shape(array)) not in ranks) or not array.size:
+            raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(self.shape(array)))
+        if suffix in _INTEGERS:
+            if array.dtype not in (mx.int32, mx.uint32):
+                raise self.error(suffix, "32-bit integers", array.dtype)
+        elif "scale" in suffix and array.dtype != mx.uint8 and not mx.issubdtype(array.dtype, mx.floating):
+            raise self.error(suffix, "floats", array.dtype)
+        return array
+
+    def words(self, suffix: str, *ranks: int) -> mx.array:
+        """A tensor of packed integers, as ``uint32``."""
+        array = self.take(suffix, *ranks)
+        if array.dtype not in (mx.int32, mx.uint32):
+            raise self.error(suffix, "32-bit integers", array.dtype)
+        return array.view(mx.uint32)
+
+    def floats(self, suffix: str, *ranks: int) -> mx.array:
+        """A tensor of scales in floats."""
+        array = self.take(suffix, *ranks)
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise self.error(suffix, "floats", array.dtype)
+        return array
+
+    def number(self, suffix: str) -> mx.array:
+        """One float for the whole layer, as ``lead + (1, 1)`` in float32."""
+        array = self.floats(suffix)
+        return self.check_one(suffix, array).astype(mx.float32).reshape(*self.lead, 1, 1)
+
+    def check_one(self, suffix: str, array: mx.array) -> mx.array:
+        if any(axis != 1 for axis in self.shape(array)):
+            raise self.error(suffix, "one number", list(self.shape(array)))
+        return array
+
+    def check(self, suffix: str, array: mx.array, *shapes: tuple[int, ...]) -> mx.array:
+        if self.shape(array) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise self.error(suffix, f"the shape {expected}", list(self.shape(array)))
+        return array
