@@ -39,7 +39,7 @@ class Decoder:
         layer = Layer(
             path,
             tensors,
-            quantization.settings(self.description, module_name(path)),
+            self.settings(path),
             self.dtype,
             lead,
             takes_global_scale() and ".mlp.experts." in path,
@@ -72,13 +72,12 @@ class Decoder:
 
     def describes_alike(self, paths: list[str]) -> bool:
         """Whether the description says the same of these layers."""
-        first, *others = ({**self._settings(path)} for path in paths)
+        first, *others = ((self.settings(path), self.own.get(module_name(path))) for path in paths)
         return all(other == first for other in others)
 
-    def _settings(self, path: str) -> dict[str, Any]:
-        name = module_name(path)
-        own = self.own.get(name)
-        return {"mlx": own, **quantization.settings(self.description, name)}
+    def settings(self, path: str) -> dict[str, Any]:
+        """What the description says of a layer."""
+        return quantization.settings(self.description, module_name(path))
 
     def in_common(self, layers: list[Decoded]) -> list[Decoded]:
         """Layers of one shape, to be stacked, in one format."""

@@ -123,7 +123,7 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
         if name == "down_proj":
             parts[name] = _oriented(decode(path, tensors, (e,)), in_out[name])
         # Codes are cut before they are decoded: what waits for the other half is then small.
-        elif pair := halves(tensors, axis, {}):
+        elif pair := halves(tensors, axis, decode.settings(path)):
             for projection, half in zip(("gate_proj", "up_proj"), pair, strict=True):
                 parts[projection] = _oriented(decode(path, half, (e,)), in_out[name])
         else:

@@ -19,7 +19,7 @@ from .errors import CheckpointError
 DECODER = "language_model.model."
 EMBEDDINGS = f"{DECODER}embed_tokens"
 HEAD = "language_model.lm_head"
-NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+NUMBER = r"(?:0|[1-9][0-9]{0,30})"
 _TEXT = re.compile(
     r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?"
     rf"((?:layers\.{NUMBER}|embed_tokens|norm|lm_head)\..+)"

@@ -377,13 +377,13 @@ FOUND_TWO = "found two"
             ["experts.1.up_proj.weight", FOUND_TWO],
             id="expert-under-two-names",
         ),
-        # Quantized by other tools.
         pytest.param(
-            "awq-g32-bf16",
-            float_expert(f"{EXPERT}.up_proj"),
-            ["layers.2.mlp.experts.1.up_proj", "format of the other experts", "found float", "quantize all or none"],
-            id="a-float-expert",
+            "official",
+            turn(f"{FUSED}.down_proj"),
+            ["mlp.experts: expected gate_up_proj and down_proj in one orientation", "[5, 40, 28]"],
+            id="one-tensor-turned",
         ),
+        # Quantized by other tools.
         pytest.param(
             "awq-g32-bf16",
             drop(f"{EXPERT}.up_proj.scales"),
@@ -433,19 +433,19 @@ FOUND_TWO = "found two"
         pytest.param(
             "gptq-w4-sym",
             cut(f"{EXPERT}.up_proj.scales", 3, 63),
-            ["layers.2.mlp.experts.1.up_proj.qweight", "[12, 63]", "found [12, 64]"],
+            ["layers.2.mlp.experts.1.up_proj.qzeros", "63 outputs", "found [3, 8]"],
             id="gptq-scales-too-narrow",
         ),
         pytest.param(
             "gptq-w4-sym",
             cut(f"{EXPERT}.up_proj.g_idx", 50),
-            ["layers.2.mlp.experts.1.up_proj.qweight", "50 inputs"],
+            ["layers.2.mlp.experts.1.up_proj.g_idx", "[96]", "found [50]"],
             id="gptq-order-too-short",
         ),
         pytest.param(
             "gptq-w4-sym",
             quantization(checkpoint_format="marlin"),
-            ["qweight", "gptq or gptq_v2", "'marlin'"],
+            ["checkpoint_format", "gptq or gptq_v2", "'marlin'"],
             id="gptq-marlin",
         ),
         pytest.param(
@@ -782,7 +782,6 @@ def test_scales_for_more_groups_than_inputs_do_not_end_the_process(tmp_path):
             lambda c: [turn(f"{LAYERS}.2.mlp.experts.{p}")(c) for p in ("gate_up_proj", "down_proj")],
             id="one-layer-turned",
         ),
-        pytest.param("official", turn(f"{FUSED}.down_proj"), id="one-tensor-turned"),
         pytest.param("official", recast(f"{FUSED}.down_proj", "F32"), id="experts-in-float32"),
         pytest.param("official", drop("model.visual.pos_embed.weight"), id="no-vision-tensor"),
         pytest.param("official", without("vision_config"), id="no-vision-config"),

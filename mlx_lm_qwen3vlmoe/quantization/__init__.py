@@ -57,7 +57,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(nested := config.get("quantization"), dict):  # ModelOpt's hf_quant_config.json
         config = {"quant_method": "modelopt", **config, **nested}
     method = config.get("quant_method")
-    if method not in _BY_METHOD:
+    if not isinstance(method, str) or method not in _BY_METHOD:
         raise CheckpointError(
             f"quantization_config: quant_method: expected one of {', '.join(sorted(_BY_METHOD))}, found {method!r}. "
             "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q."
@@ -99,18 +99,15 @@ def decode(layer: Layer) -> Decoded:
     """
     if not layer.tensors:
         return Decoded({})
-    family = _BY_METHOD.get(layer.settings.get("quant_method"))
+    method = layer.settings.get("quant_method")
+    family = _BY_METHOD.get(method)
     if family is None:
         family = next((family for suffix, family in _UNDESCRIBED.items() if suffix in layer.tensors), None)
-    if family is None:
-        raise layer.error(
-            "weight", "quantization_config, which tells the format", f"none beside {sorted(layer.tensors)}"
-        )
-    others = sorted(_FOREIGN.intersection(layer.tensors) - family.TENSORS)
-    if others and family.TENSORS.isdisjoint(layer.tensors):
-        fitting = [name for name, each in _BY_METHOD.items() if others[0] in each.TENSORS]
-        method = layer.settings.get("quant_method")
-        raise layer.error(others[0], f"quant_method {' or '.join(fitting)} in quantization_config", repr(method))
+    marks = sorted(_FOREIGN.intersection(layer.tensors))
+    if family is None or (marks and family.TENSORS.isdisjoint(marks)):
+        fitting = [name for name, each in sorted(_BY_METHOD.items()) if not each.TENSORS.isdisjoint(marks)]
+        expected = f"quant_method {' or '.join(fitting) or 'of the tool that made it'} in quantization_config"
+        raise layer.error(marks[0] if marks else "weight", expected, repr(method))
     decoded: Decoded = family.decode(layer)
     if layer.tensors:
         raise layer.error(sorted(layer.tensors)[0], "nothing (it would change the weight)", "the tensor")

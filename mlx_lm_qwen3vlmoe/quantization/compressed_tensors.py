@@ -204,6 +204,8 @@ def _scheme(layer: Layer, scales: mx.array, stream: tuple[int, int], zeros: mx.a
         and _grid(scheme, scales, layer, (outputs, size // bits))
         and (zeros is None or layer.shape(zeros)[0] * 32 == outputs * bits)
     }
+    if not fitting and len(found := layer.shape(scales)) == 2 and found[0] not in (1, outputs):
+        raise layer.error("weight_scale", f"the shape {[outputs, found[1]]}, or that of blocks", list(found))
     if len(fitting) != 1:
         shapes = f"{[outputs, size // 32]} with scales {list(layer.shape(scales))}"
         raise layer.error(

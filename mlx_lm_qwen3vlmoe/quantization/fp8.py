@@ -81,15 +81,15 @@ def _in_blocks(
         scale = scale.squeeze((-3, -1))
         found = layer.shape(scale)
     high, wide = block or _BLOCK
-    if high and found == (math.ceil(rows / high), math.ceil(columns / wide)):
+    if high and found == _grid(rows, columns, high, wide):
         return scale, high, wide
     if not (block and high):
         if all(axis == 1 for axis in found):
             return scale.reshape(*layer.lead, 1, 1), rows, columns
         if found in ((rows,), (rows, 1)):
             return scale.reshape(*layer.lead, rows, 1), 1, columns
-    expected = "one number, or one a row" if not (block and high) else f"one number for each block of {high} by {wide}"
-    raise layer.error(suffix, f"{expected} of {rows} by {columns}", list(found))
+    expected = [list(_grid(rows, columns, high, wide))] if block and high else [[1], [rows, 1]]
+    raise layer.error(suffix, f"the shape {' or '.join(map(str, expected))}", list(found))
 
 
 def described_block(settings: dict[str, Any]) -> tuple[int, int] | None:
@@ -109,15 +109,21 @@ def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.
 
 def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
     """A layer cut in two along an axis, -1 or -2, before it is decoded; None where that goes through a block."""
-    size = tensors["weight"].shape[axis]
-    block = (described_block(settings) or _BLOCK)[axis]
+    *lead, rows, columns = tensors["weight"].shape
+    high, wide = described_block(settings) or _BLOCK
+    border, block = (rows // 2, high) if axis == -2 else (columns // 2, wide)
     first, second = {}, {}
     for suffix, array in tensors.items():
-        parts = array.shape[axis] if array.ndim == tensors["weight"].ndim else 1
-        if parts == 1:
-            first[suffix] = second[suffix] = array
-        elif parts == size or (parts * block == size and parts % 2 == 0):
+        shape = array.shape[len(lead) :]
+        if suffix == "weight" or (high and shape == _grid(rows, columns, high, wide) and border % block == 0):
             first[suffix], second[suffix] = mx.split(array, 2, axis)
+        elif shape == (1, 1) and _grid(rows, columns, high or rows, wide or columns) == (1, 1):
+            first[suffix] = second[suffix] = array
         else:
             return None
     return first, second
+
+
+def _grid(rows: int, columns: int, high: int, wide: int) -> tuple[int, int]:
+    """How many blocks, the last of which may be cut short, make up a matrix."""
+    return math.ceil(rows / high), math.ceil(columns / wide)
