@@ -48,7 +48,7 @@ def device() -> mx.Device:
     return _planned.get() or mx.default_device()
 
 
-def turned(array: mx.array) -> mx.array:
+def as_out_in(array: mx.array) -> mx.array:
     """``[E, in, out]`` as the ``[E, out, in]`` of the host, in an order in memory that the backend takes uncopied.
 
     In 16 bits, no order helps the CPU: see `CPUSwitchLinear`.

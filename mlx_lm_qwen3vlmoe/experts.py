@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import quantization
-from .backend import turned
+from .backend import as_out_in
 from .decoding import Decoder
 from .errors import CheckpointError, MissingTensorError
 from .names import NUMBER
@@ -136,7 +136,7 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
 
 def _oriented(decoded: Decoded, in_out: bool) -> Decoded:
     weight = decoded.tensors["weight"]
-    return decoded._replace(tensors={"weight": turned(weight)}) if in_out else decoded
+    return decoded._replace(tensors={"weight": as_out_in(weight)}) if in_out else decoded
 
 
 def orientation(mlp: str, fused: Layers, shapes: dict[str, tuple[int, ...]]) -> dict[str, bool]:
@@ -208,10 +208,10 @@ def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any]) -> di
     """Stacked experts as gate, up and down, from what tools have made of them.
 
     - One ``gate_up_proj [2I, H]`` an expert, gate first, is cut in two.
-    - transformers 5.0 and 5.1 took ``[E, H, 2I]`` for ``[E, 2I, H]``: they cut the wrong axis in two and turned none.
-      Their "gate" is the upper half of an expert's ``gate_up [H, 2I]``, their "up" the lower, each ``[H/2, 2I]``, and
-      "down" is still ``[I, H]``. Nothing is lost: rejoined, it is the official layout again (a packed one in float, as
-      its groups run along the wrong axis). llm-compressor's and auto-round's model-free ways do the same.
+    - transformers 5.0 and 5.1 took ``[E, H, 2I]`` for ``[E, 2I, H]``: they cut the wrong axis in two. Their "gate" is
+      the upper half of an expert's ``gate_up [H, 2I]``, their "up" the lower, each ``[H/2, 2I]``, and "down" is still
+      ``[I, H]``. Nothing is lost: rejoined, it is the official layout again (a packed one in float, as its groups run
+      along the wrong axis). llm-compressor's and auto-round's model-free ways do the same.
     """
     e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
     good: Shapes = {"gate_proj": (e, i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}
@@ -239,7 +239,7 @@ def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any]) -> di
     gate, up = mx.split(mx.concatenate([arrays["gate_proj"], arrays["up_proj"]], -2), 2, -1)
     whole = {"gate_proj": gate, "up_proj": up, "down_proj": arrays["down_proj"]}
     why = next((decoded.why_float for decoded in stacked.values()), None)
-    return {projection: Decoded({"weight": turned(array)}, None, why) for projection, array in whole.items()}
+    return {projection: Decoded({"weight": as_out_in(array)}, None, why) for projection, array in whole.items()}
 
 
 def _as_float(decoded: Decoded) -> mx.array:

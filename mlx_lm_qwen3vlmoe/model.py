@@ -158,7 +158,8 @@ class Model(nn.Module):
         for name in weights:
             if (path := name.rpartition(".")[0]) not in modules:
                 raise _host_error(f"its qwen3_moe has no {path}")
-        check_shapes(weights, {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()})
+        shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
+        check_shapes(weights, shapes, self.args.config.get("quantization") or {})
         return weights
 
     @property

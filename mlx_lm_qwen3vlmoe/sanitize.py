@@ -46,8 +46,8 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     """Rename, decode, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
 
     Lazy and idempotent: no array is evaluated but the order of inputs in act-order, of which a wrong number would read
-    memory of somebody else. Takes any part of a checkpoint, ``{}`` too; a whole one must be complete. Layers that stay
-    packed are described under ``quantization`` in the live config, where the host looks next.
+    memory of somebody else. Takes any part of a checkpoint, ``{}`` too; one with all layers must be complete. Layers
+    that stay packed are described under ``quantization`` in the live config, where the host looks next.
 
     Args:
         weights: names as any writer gives them → arrays; left as it is.
@@ -58,8 +58,8 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     """
     layers = by_layer(rename(weights))
     present = {int(match[1]) for match in (_LAYER.match(f"{path}.") for path in layers) if match}
-    whole = present.issuperset(range(args.text_config["num_hidden_layers"]))
-    decoded = settle_head(decode(layers, args, whole), args.tie_word_embeddings, whole)
+    complete = present.issuperset(range(args.text_config["num_hidden_layers"]))
+    decoded = with_head(decode_layers(layers, args, complete), args.tie_word_embeddings, complete)
     packed: dict[str, Parameters] = {path: each.parameters for path, each in decoded.items() if each.parameters}
     if packed:
         record_quantization(args.config, packed)
@@ -95,16 +95,16 @@ def by_layer(weights: Weights) -> Layers:
     return layers
 
 
-def decode(layers: Layers, args: ModelArgs, whole: bool = True) -> dict[str, Decoded]:
+def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dict[str, Decoded]:
     """Every layer as MLX has it: decoded if another tool quantized it, the experts of a layer in three arrays.
 
-    What is incomplete is an error in a whole checkpoint. In a part of one (a stage of a pipeline reads files, which end
-    in the middle of a layer) it is left out.
+    A layer without all of its tensors is an error in a complete checkpoint. In a part of one (a stage of a pipeline
+    reads files, which end in the middle of a layer) it is left out.
     """
     decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config.get("dtype"))
     others, found = gather(layers)
     decoded: dict[str, Decoded] = {}
-    excused = () if whole else (MissingTensorError,)
+    excused = () if complete else (MissingTensorError,)
     for path, tensors in others.items():
         with contextlib.suppress(*excused):
             decoded[path] = decoder(path, tensors)
@@ -117,7 +117,7 @@ def decode(layers: Layers, args: ModelArgs, whole: bool = True) -> dict[str, Dec
     return decoded
 
 
-def settle_head(decoded: dict[str, Decoded], tied: bool | None, whole: bool = True) -> dict[str, Decoded]:
+def with_head(decoded: dict[str, Decoded], tied: bool | None, complete: bool = True) -> dict[str, Decoded]:
     """Give every model a head of its own name: the stored one, or the embeddings themselves, shared and not copied.
 
     A head that is stored counts, whatever the config says: transformers 5 does not tie two different matrices either.
@@ -127,7 +127,7 @@ def settle_head(decoded: dict[str, Decoded], tied: bool | None, whole: bool = Tr
         return decoded
     if tied:
         return decoded | {HEAD: decoded[EMBEDDINGS]}
-    if whole:
+    if complete:
         flag = "no tie_word_embeddings" if tied is None else "tie_word_embeddings false"
         raise CheckpointError(
             f"lm_head.weight: expected in a model with {flag}, found nothing. Is a file of the checkpoint missing, or "
@@ -159,30 +159,61 @@ def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
             )
 
 
-def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Every tensor has the shape of the host's parameter, or one that MLX packs it to.
+def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantization: dict[str, Any]) -> None:
+    """Every tensor has the shape of the host's parameter, or the one that MLX packs it to by its description.
 
-    The host divides by the shapes of packed tensors before it compares any, which may end the process.
+    The host divides by the shapes of packed tensors before it compares any, which may end the process, or finds a
+    format that they have by accident.
+
+    Args:
+        shapes: of the host's parameters.
+        quantization: MLX's description, with an entry a path where a layer has parameters of its own.
     """
-    for name, array in weights.items():
-        if array is None:  # names alone, as in the host's tests
+    for path, tensors in by_layer(weights).items():
+        expected = shapes[f"{path}.weight"]
+        if "scales" in tensors:
+            entry = quantization.get(path)
+            _check_packed(path, tensors, expected, entry if isinstance(entry, dict) else quantization)
             continue
-        layer, _, suffix = name.rpartition(".")
-        *lead, inputs = shape = shapes[f"{layer}.weight"]
-        scales, size = weights.get(f"{layer}.scales"), array.shape[-1] if array.ndim == len(shape) and array.size else 0
-        floating = mx.issubdtype(array.dtype, mx.floating)
-        if scales is None or suffix == "global_scale":
-            fits, expected = suffix != "weight" or (array.shape == shape and floating), "floats of the shape"
-        elif f"{layer}.weight" not in weights:
-            fits, expected = False, "a weight beside it, of the shape"
-        elif suffix == "weight":
-            fits, expected = size > 0 and size * 32 % inputs == 0 and array.dtype == mx.uint32, "uint32 words that pack"
-        else:
-            fits = size > 0 and inputs % size == 0 and array.shape == scales.shape
-            fits = fits and (floating or (array.dtype == mx.uint8 and f"{layer}.biases" not in weights))
-            expected = "one number for each group of inputs of"
-        if not fits or (suffix != "global_scale" and list(array.shape[:-1]) != lead):
+        for suffix, array in tensors.items():
+            if array is None:  # names alone, as in the host's tests
+                continue
+            if suffix != "weight" or array.shape != expected or not mx.issubdtype(array.dtype, mx.floating):
+                raise _shape_error(f"{path}.{suffix}", "floats of the shape", expected, array)
+
+
+def _check_packed(path: str, tensors: Weights, shape: tuple[int, ...], parameters: dict[str, Any]) -> None:
+    *rows, inputs = shape
+    bits, group_size = parameters.get("bits"), parameters.get("group_size")
+    if not bits or not group_size:
+        raise CheckpointError(
+            f"{path}.scales: expected group_size and bits in quantization of config.json, found none. Take config.json "
+            "from the original checkpoint."
+        )
+    affine = parameters.get("mode", "affine") == "affine"
+    expected = {"weight": [*rows, inputs * bits // 32], "scales": [*rows, inputs // group_size]}
+    if affine:
+        expected["biases"] = expected["scales"]
+    if "global_scale" in tensors:
+        expected["global_scale"] = rows[:-1]
+    described = f"by {bits} bits in groups of {group_size}"
+    for suffix in sorted(expected.keys() | tensors.keys()):
+        if suffix not in tensors or suffix not in expected:
             raise CheckpointError(
-                f"{name}: expected {expected} {list(shape)}, found {array.dtype} {list(array.shape)}. Are the sizes in "
-                "config.json those of this checkpoint, and is no file of it missing?"
+                f"{path}.{suffix}: expected {'a tensor' if suffix in expected else 'nothing'} beside the others of its "
+                f"layer, {described}, found {'nothing' if suffix in expected else 'one'}. Is a file missing, or "
+                "quantization in config.json that of another checkpoint?"
             )
+        array, kind = tensors[suffix], mx.uint32 if suffix == "weight" else mx.floating
+        if suffix == "scales" and not affine:
+            kind = mx.uint8
+        fits = mx.issubdtype(array.dtype, kind) if kind == mx.floating else array.dtype == kind
+        if not fits or list(array.shape) != expected[suffix] or inputs * bits % 32 or inputs % group_size:
+            raise _shape_error(f"{path}.{suffix}", f"{expected[suffix]}, {described} of", shape, array)
+
+
+def _shape_error(name: str, expected: str, shape: tuple[int, ...], found: mx.array) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: expected {expected} {list(shape)}, found {found.dtype} {list(found.shape)}. Are the sizes in "
+        "config.json those of this checkpoint, and is no file of it missing?"
+    )

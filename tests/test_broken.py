@@ -559,6 +559,12 @@ FOUND_TWO = "found two"
         pytest.param(
             "official", top(tie_word_embeddings="false"), ["tie_word_embeddings", "true or false"], id="tied-by-string"
         ),
+        pytest.param(
+            "mlx_lm_4bit",
+            top(quantization={"group_size": 64, "bits": 8}),
+            ["by 8 bits in groups of 64"],
+            id="mlx-bits-and-group",
+        ),
         pytest.param("mlx_lm_4bit", top(quantization={}), ["quantization", "group_size and bits"], id="mlx-empty"),
         pytest.param("mlx_lm_4bit", top(quantization="4bit"), ["quantization", "found 4bit"], id="mlx-of-a-string"),
         pytest.param(
@@ -798,7 +804,6 @@ def test_scales_for_more_groups_than_inputs_do_not_end_the_process(tmp_path):
         pytest.param("gptq-w4-sym", quantization(bits=8), id="gptq-bits-that-the-tensors-contradict"),
         pytest.param("fp8-perexpert", without("quantization_config"), id="fp8-undescribed"),
         pytest.param("awq-g32-bf16", recast(f"{UP}.scales", "F32"), id="awq-scales-in-float32"),
-        pytest.param("mlx_lm_4bit", top(quantization={"group_size": 64, "bits": 8}), id="mlx-bits-and-group"),
     ],
 )
 def test_a_change_that_leaves_no_doubt_gives_the_logits(name, change, tmp_path):
