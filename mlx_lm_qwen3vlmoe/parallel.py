@@ -6,7 +6,8 @@ expert. Pipeline parallelism gives every rank some of the layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.nn as nn
@@ -70,12 +71,22 @@ def cut(model: nn.Module, group: Any) -> None:
         model: the host's ``qwen3_moe.Model``, whose ``shard`` does the work.
         group: an `mlx.core.distributed.Group`, or anything with its ``rank()`` and ``size()``.
     """
-    # NVFP4's second scale is one number an expert. The host would cut it, but every rank has a part of all experts.
-    experts = [module for _, module in model.named_modules() if module.get("global_scale") is not None]
-    scales = [module.pop("global_scale") for module in experts]
-    model.shard(group)
-    for module, scale in zip(experts, scales, strict=True):
-        module.global_scale = scale
+    # The host would cut NVFP4's second scale, which is one number an expert, but every rank has a part of all experts.
+    with without_global_scales(model):
+        model.shard(group)
+
+
+@contextlib.contextmanager
+def without_global_scales(model: nn.Module) -> Iterator[None]:
+    """Take NVFP4's second scales out of experts meanwhile."""
+    scales = [(m, m.global_scale) for _, m in model.named_modules() if m.get("global_scale") is not None]
+    for module, _ in scales:
+        module.global_scale = None
+    try:
+        yield
+    finally:
+        for module, scale in scales:
+            module.global_scale = scale
 
 
 def listed(numbers: list[int]) -> str:

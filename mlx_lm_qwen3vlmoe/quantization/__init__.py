@@ -40,6 +40,7 @@ __all__ = [
     "describe",
     "is_foreign",
     "settings",
+    "title",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (awq, compressed_tensors, fp8, gptq, modelopt)
@@ -77,6 +78,12 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
                 "Use a checkpoint that is quantized only, or the unquantized one with mlx_lm.convert -q."
             )
     return config
+
+
+def title(config: dict[str, Any]) -> str:
+    """The method of a description and the format, in its own terms."""
+    method = config["quant_method"]
+    return f"{method} {config.get(_BY_METHOD[method].DETAIL) or ''}".strip()
 
 
 def is_foreign(tensors: Tensors) -> bool:

@@ -1,0 +1,130 @@
+"""What a model takes in memory, on one machine or many: the sizes of the arrays that it would evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_map_with_path
+from mlx_lm.models import qwen3_moe
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import quantize_model
+
+from . import parallel
+from .errors import CheckpointError
+
+_LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
+
+
+class Rank(NamedTuple):
+    """A rank without a group: what the host asks of `mlx.core.distributed.Group` to cut a model."""
+
+    number: int
+    ranks: int
+
+    def rank(self) -> int:
+        return self.number
+
+    def size(self) -> int:
+        return self.ranks
+
+
+def quantized(model: Any, config: dict[str, Any], bits: int) -> Any:
+    """What `mlx_lm.convert` does to a model with ``-q --q-bits``."""
+    if isinstance(dtype := getattr(mx, str(config.get("torch_dtype")), None), mx.Dtype):
+        takes = model.cast_predicate
+
+        def cast(path: str, array: mx.array) -> mx.array:
+            return array.astype(dtype) if takes(path) and mx.issubdtype(array.dtype, mx.floating) else array
+
+        model.update(tree_map_with_path(cast, model.parameters()))
+    with contextlib.redirect_stdout(io.StringIO()):  # the host's report
+        model, _ = quantize_model(model, config, 64, bits, quant_predicate=model.quant_predicate)
+    return model
+
+
+def memory(model: Any) -> dict[str, Any]:
+    """The weights, and by their formats."""
+    formats: dict[str, int] = defaultdict(int)
+    for _, array, packed in _arrays(model):
+        formats[format_name(packed) if packed else str(array.dtype).rpartition(".")[2]] += array.nbytes
+    return {
+        "weights_bytes": sum(formats.values()),
+        "formats": dict(sorted(formats.items(), key=lambda item: -item[1])),
+    }
+
+
+def _arrays(model: Any) -> list[tuple[str, mx.array, dict[str, Any] | None]]:
+    """The path of a layer, an array of it, and how it is packed; an array that a tied head shares comes once."""
+    found: dict[int, tuple[str, mx.array, dict[str, Any] | None]] = {}
+    for path, module in model.named_modules():
+        packed = vars(module) if hasattr(module, "bits") else None
+        for array in module.values():
+            if isinstance(array, mx.array):
+                found.setdefault(id(array), (path, array, packed))
+    return list(found.values())
+
+
+def cache_sizes(model: Any, context: int) -> list[int]:
+    """The size of every layer's cache after a prompt, which is never computed."""
+    cache = make_prompt_cache(model)
+    with parallel.without_global_scales(model):  # which a device that is not here may take
+        model(mx.zeros((1, context), mx.int32), cache=cache)
+    return [layer.keys.nbytes + layer.values.nbytes for layer in cache]
+
+
+def shares(model: Any, ranks: int, cache: list[int]) -> dict[str, Any]:
+    """What each of ``ranks`` machines holds, in both modes, or why it cannot. Cuts the model."""
+    text = model.args.text_config
+    plan: dict[str, Any] = {"ranks": ranks}
+    for mode, sizes, share in (
+        ("pipeline", {"num_hidden_layers": text["num_hidden_layers"]}, _stages),
+        ("tensor", parallel.pieces(text, model.named_modules()), _parts),
+    ):
+        try:
+            if not hasattr(model, "shard"):
+                raise CheckpointError("this needs mlx-lm 0.32.0 or newer")
+            parallel.check(ranks, mode, sizes)
+            plan[mode] = {"error": None, "ranks": share(model, ranks, cache)}
+        except CheckpointError as e:
+            plan[mode] = {"error": str(e), "ranks": []}
+        plan[mode]["allowed"] = parallel.allowed(mode, sizes)
+    return plan
+
+
+def _stages(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
+    """Some of the layers each, and on every rank what is outside of layers."""
+    layers = [0] * len(cache)
+    others = 0
+    for path, array, _ in _arrays(model):
+        if match := _LAYER.match(path + "."):
+            layers[int(match[1])] += array.nbytes
+        else:
+            others += array.nbytes
+    stages = []
+    for number in range(ranks):
+        decoder = SimpleNamespace(layers=list(range(len(layers))))
+        qwen3_moe.Qwen3MoeModel.pipeline(decoder, Rank(number, ranks))
+        own = slice(decoder.start_idx, decoder.end_idx)
+        stages.append(
+            {"layers": len(layers[own]), "weights_bytes": others + sum(layers[own]), "cache_bytes": sum(cache[own])}
+        )
+    return stages
+
+
+def _parts(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
+    """A part of every layer each, which are all of one size."""
+    parallel.cut(model.language_model, Rank(0, ranks))
+    weights = sum(array.nbytes for _, array, _ in _arrays(model))
+    return [{"layers": len(cache), "weights_bytes": weights, "cache_bytes": sum(cache) // ranks}] * ranks
+
+
+def format_name(parameters: dict[str, Any]) -> str:
+    return "{} {} bits, groups of {}".format(
+        parameters.get("mode", "affine"), parameters.get("bits"), parameters.get("group_size")
+    )
