@@ -21,17 +21,17 @@ import dataclasses
 import logging
 import re
 import reprlib
-from collections import Counter
 from typing import Any
 
 from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
+from .description import take_quantization
 from .errors import CheckpointError
+from .fields import LARGEST, check_positive, config_error
 
 logger = logging.getLogger(__name__)
 
-_LARGEST = 2**31 - 1  # an axis of an MLX array, which holds nothing before it is loaded
 _MOST_LAYERS = 1000  # making a layer takes half a millisecond, before any tensor can contradict the number
 _REQUIRED = (  # sizes without a default that every writer shares
     "hidden_size",
@@ -111,45 +111,67 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     Returns the text config. Idempotent. Raises `CheckpointError` for a field that is missing or of no use here.
     """
     text = _nested(config)
-    if "num_local_experts" in text:
-        experts = text.pop("num_local_experts")
-        if text.setdefault("num_experts", experts) != experts:
-            raise _error("num_experts", f"the same as num_local_experts ({experts})", text["num_experts"])
+    _name_experts(text)
     for field, default in _DEFAULTS.items():
         if text.get(field) is None:
             text[field] = list(default) if isinstance(default, list) else default
-    for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
-        if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
-            text[field] = text["hidden_size"] // text["num_attention_heads"]
-        _check_positive(field, text.get(field), int, _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST)
-    if text["num_attention_heads"] * text["head_dim"] > _LARGEST:
-        raise _error("head_dim", f"at most {_LARGEST} over all {text['num_attention_heads']} heads", text["head_dim"])
-    if text["num_attention_heads"] % text["num_key_value_heads"]:
-        raise _error(
-            "num_key_value_heads", f"a divisor of {text['num_attention_heads']} heads", text["num_key_value_heads"]
-        )
-    if text["num_experts_per_tok"] > text["num_experts"]:
-        raise _error("num_experts_per_tok", f"at most num_experts ({text['num_experts']})", text["num_experts_per_tok"])
-    dense = text["mlp_only_layers"]
-    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise _error("mlp_only_layers", "a list of integers", dense)
-    _check_positive("rms_norm_eps", text["rms_norm_eps"])
-    if text["attention_bias"]:
-        raise _error("attention_bias", "false, as the host's qwen3_moe has no bias", text["attention_bias"])
-    if text["hidden_act"] not in ("silu", "swish"):
-        raise _error("hidden_act", "'silu', as in the host's qwen3_moe", text["hidden_act"])
-    if text.get("norm_topk_prob") is False:
-        logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
-    text["norm_topk_prob"] = True
+    _check_sizes(text)
+    _check_supported(text)
     _normalize_rope(text, _transformers(config))
-    # `mlx_lm.convert` looks for the dtype in one of these, by its version; transformers 5 may write it elsewhere.
-    dtypes = (text.pop("dtype", None), config.get("dtype"), config.get("torch_dtype"))
-    if dtype := next((dtype for dtype in dtypes if dtype in ("bfloat16", "float16", "float32")), None):
-        text["dtype"] = config["torch_dtype"] = dtype
+    _name_dtype(config, text)
     # The head is always a tensor of its own (shared with the embeddings, not copied, in a tied model): what is saved
     # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head.
     text["tie_word_embeddings"] = False
     return text
+
+
+def _name_experts(text: dict[str, Any]) -> None:
+    """``num_local_experts`` of transformers 5 → ``num_experts``."""
+    if "num_local_experts" in text:
+        experts = text.pop("num_local_experts")
+        if text.setdefault("num_experts", experts) != experts:
+            raise config_error("num_experts", f"the same as num_local_experts ({experts})", text["num_experts"])
+
+
+def _check_sizes(text: dict[str, Any]) -> None:
+    """Every size is one that an axis can have, and they fit each other."""
+    for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
+        if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
+            text[field] = text["hidden_size"] // text["num_attention_heads"]
+        check_positive(field, text.get(field), int, _MOST_LAYERS if field == "num_hidden_layers" else LARGEST)
+    heads = text["num_attention_heads"]
+    if heads * text["head_dim"] > LARGEST:
+        raise config_error("head_dim", f"at most {LARGEST} over all {heads} heads", text["head_dim"])
+    if text["head_dim"] % 2:  # rotary embeddings turn pairs
+        raise config_error("head_dim", "an even number", text["head_dim"])
+    if heads % text["num_key_value_heads"]:
+        raise config_error("num_key_value_heads", f"a divisor of {heads} heads", text["num_key_value_heads"])
+    if text["num_experts_per_tok"] > text["num_experts"]:
+        raise config_error(
+            "num_experts_per_tok", f"at most num_experts ({text['num_experts']})", text["num_experts_per_tok"]
+        )
+    dense = text["mlp_only_layers"]
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise config_error("mlp_only_layers", "a list of integers", dense)
+    check_positive("rms_norm_eps", text["rms_norm_eps"])
+
+
+def _check_supported(text: dict[str, Any]) -> None:
+    """What the host's ``qwen3_moe`` has no field for is what it does."""
+    if text["attention_bias"]:
+        raise config_error("attention_bias", "false, as the host's qwen3_moe has no bias", text["attention_bias"])
+    if text["hidden_act"] not in ("silu", "swish"):
+        raise config_error("hidden_act", "'silu', as in the host's qwen3_moe", text["hidden_act"])
+    if text.get("norm_topk_prob") is False:
+        logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
+    text["norm_topk_prob"] = True
+
+
+def _name_dtype(config: dict[str, Any], text: dict[str, Any]) -> None:
+    """`mlx_lm.convert` looks for the dtype in one of two places, by its version; transformers 5 has it elsewhere."""
+    dtypes = (text.pop("dtype", None), config.get("dtype"), config.get("torch_dtype"))
+    if dtype := next((dtype for dtype in dtypes if dtype in ("bfloat16", "float16", "float32")), None):
+        text["dtype"] = config["torch_dtype"] = dtype
 
 
 def tied(config: dict[str, Any]) -> bool | None:
@@ -162,54 +184,10 @@ def tied(config: dict[str, Any]) -> bool | None:
     flags = [config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, dict) else None]
     for value in flags:
         if value is not None and not isinstance(value, bool):
-            raise _error("tie_word_embeddings", "true or false", value)
+            raise config_error("tie_word_embeddings", "true or false", value)
     if flags[0] is False and (_transformers(config) or 0) >= 5:
         return False
     return True if True in flags else False if False in flags else None
-
-
-def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Take another tool's ``quantization_config`` out of a config, from wherever it stands; None if there is none.
-
-    Without it, the host leaves alone what is decoded here. MLX's own description, which names no method, stays.
-    Raises `CheckpointError` where the host could not read that.
-    """
-    homes = [config, text] if isinstance(text := config.get("text_config"), dict) else [config]
-    found = None
-    for home in homes:
-        for field in ("quantization_config", "compression_config"):
-            value = home.get(field)
-            if not value:
-                continue
-            if not isinstance(value, dict):
-                raise _error(field, "an object", value)
-            if config.get("quantization") is None and not ("quant_method" in value or "quantization" in value):
-                config["quantization"] = value
-            elif config.get("quantization") is None:
-                found = found or value
-                del home[field]
-    own = config.get("quantization")
-    if own is not None and not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
-        raise _error("quantization", "an object with group_size and bits", own)
-    for path, parameters in {"": own, **(own or {})}.items():
-        for field in ("group_size", "bits"):
-            if isinstance(parameters, dict) and parameters.get(field) is not None:
-                _check_positive(f"quantization: {path} {field}", parameters[field], int)
-    return found
-
-
-def record_quantization(config: dict[str, Any], packed: dict[str, dict[str, Any]]) -> None:
-    """Describe packed layers in MLX's way: the commonest parameters for all, and an entry a path for the others.
-
-    Args:
-        packed: path of a layer → ``group_size``, ``bits`` and, unless it is affine, ``mode``.
-    """
-    ((parameters, _),) = Counter(tuple(sorted(parameters.items())) for parameters in packed.values()).most_common(1)
-    common = {field: value for field, value in parameters if field != "global_scale"}
-    own = config.get("quantization") or {}  # of MLX, which has other layers too
-    common = {field: own[field] for field in ("group_size", "bits", "mode") if field in own} or common
-    config["quantization"] = {**own, **common}
-    config["quantization"] |= {path: parameters for path, parameters in packed.items() if parameters != common}
 
 
 def _nested(config: dict[str, Any]) -> dict[str, Any]:
@@ -244,18 +222,18 @@ def _normalize_rope(text: dict[str, Any], version: int | None) -> None:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise _error(field, "an object", value)
+            raise config_error(field, "an object", value)
         value = {key: item for key, item in value.items() if item is not None}
         if "rope_theta" in value:
             thetas.append(value.pop("rope_theta"))
         scaling |= value
     if not thetas and version is None:
-        raise _error("rope_theta", "a number (official models: 5000000)", "nothing")
+        raise config_error("rope_theta", "a number (official models: 5000000)", "nothing")
     thetas = thetas or [500000 if version and version >= 5 else 5000000]
     for theta in thetas:
-        _check_positive("rope_theta", theta)
+        check_positive("rope_theta", theta)
     if len(set(thetas)) > 1:
-        raise _error("rope_theta", "one value", f"{thetas} in different fields")
+        raise config_error("rope_theta", "one value", f"{thetas} in different fields")
     text["rope_theta"] = thetas[-1]
 
     older = scaling.pop("type", "default")
@@ -263,36 +241,21 @@ def _normalize_rope(text: dict[str, Any], version: int | None) -> None:
     if rope_type == "mrope":
         rope_type = "default"
     if rope_type not in ("default", "yarn"):
-        raise _error("rope_type", "'default' or 'yarn'", rope_type)
+        raise config_error("rope_type", "'default' or 'yarn'", rope_type)
     for where in (text, scaling):
         if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            raise _error("partial_rotary_factor", "1.0", where["partial_rotary_factor"])
+            raise config_error("partial_rotary_factor", "1.0", where["partial_rotary_factor"])
     if rope_type == "yarn":
         scaling.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
         if scaling.pop("truncate", True) is not True:
-            raise _error("truncate of YaRN", "true, as in the host's YaRN", False)
+            raise config_error("truncate of YaRN", "true, as in the host's YaRN", False)
         # transformers uses the pair or neither; the host would fill in the other.
         if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
             scaling.pop("mscale", None)
             scaling.pop("mscale_all_dim", None)
         optional = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & scaling.keys()
         for field in ("factor", "original_max_position_embeddings", *sorted(optional)):
-            _check_positive(f"{field} of YaRN", scaling.get(field))
+            check_positive(f"{field} of YaRN", scaling.get(field))
         if text["rope_theta"] < 2:  # its logarithm is divided by
-            raise _error("rope_theta", "at least 2 with YaRN", text["rope_theta"])
+            raise config_error("rope_theta", "at least 2 with YaRN", text["rope_theta"])
     text["rope_scaling"] = {**scaling, "rope_type": rope_type}
-
-
-def _check_positive(field: str, value: Any, kind: type[int] | type[float] = float, most: int = _LARGEST) -> None:
-    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 1e-30:
-        raise _error(field, "a positive integer" if kind is int else "a positive number", value)
-    if value > most:
-        raise _error(field, f"at most {most}", value)
-
-
-def _error(field: str, expected: str, found: object) -> CheckpointError:
-    what = "nothing" if found is None else found if isinstance(found, str) else reprlib.repr(found)
-    return CheckpointError(
-        f"config.json: {field}: expected {expected}, found {what}. Correct it, or take config.json from the original "
-        "model."
-    )

@@ -17,10 +17,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_model
 
-from . import config as configs
 from . import parallel, planning, quantization
 from .backend import device, narrow, planned
 from .config import ModelArgs
+from .description import take_quantization
 from .errors import CheckpointError
 from .headers import Header, hub_headers, local_headers, read_config, write_hollow
 from .model import Model
@@ -120,7 +120,7 @@ def _layout(tensors: Header) -> str:
 
 def _quantization(config: dict[str, Any]) -> str:
     """The method in the checkpoint's own terms."""
-    if (foreign := configs.take_quantization(config)) is not None:
+    if (foreign := take_quantization(config)) is not None:
         return quantization.title(quantization.describe(foreign))
     return f"MLX {planning.format_name(found)}" if (found := config.get("quantization")) else "none"
 

@@ -25,8 +25,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from .config import ModelArgs, record_quantization
+from .config import ModelArgs
 from .decoding import Decoder
+from .description import record_quantization
 from .errors import CheckpointError, MissingTensorError
 from .experts import Layers, gather
 from .names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened

@@ -22,9 +22,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..fields import check_kinds
 from . import awq, compressed_tensors, fp8, gptq, modelopt
 from .affine import common, dequantize
-from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors, check_kinds
+from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors
 
 __all__ = [
     "FAMILIES",

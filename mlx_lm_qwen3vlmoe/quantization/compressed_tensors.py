@@ -23,10 +23,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..fields import check_block, check_kinds
 from . import fp8
 from .affine import BITS, affine, group_size_of, ungrouped
 from .gptq import group_order
-from .layer import Decoded, Format, Layer, check_block, check_kinds
+from .layer import Decoded, Format, Layer
 from .microscaling import mxfp4, mxfp8, nvfp4
 from .numbers import loaded_e4m3
 from .packing import pack, unpack

@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .layer import Decoded, Format, Layer, Tensors, check_block
+from ..fields import check_block
+from .layer import Decoded, Format, Layer, Tensors
 from .microscaling import mxfp8
 from .numbers import e4m3, e8m0, has_mode, loaded_e4m3
 

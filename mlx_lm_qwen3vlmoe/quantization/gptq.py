@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..fields import check_kinds
 from .affine import affine, group_size_of, ungrouped
-from .layer import Decoded, Format, Layer, check_kinds
+from .layer import Decoded, Format, Layer
 from .packing import unpack
 
 METHODS = ("gptq",)

@@ -37,30 +37,6 @@ class Decoded(NamedTuple):
     why_float: str | None = None
 
 
-def check_kinds(where: str, fields: dict[str, Any], **kinds: Any) -> None:
-    """Raise `CheckpointError` for a field that is not of its type; a number is one that an axis can have, or -1."""
-    for field, kind in kinds.items():
-        value: Any = fields.get(field)
-        if value is not None and (type(value) is not kind or (kind is int and not (value == -1 or 0 < value < 2**31))):
-            raise _description_error(where + field, kind.__name__, value)
-
-
-def check_block(where: str, fields: dict[str, Any], field: str) -> None:
-    """Raise `CheckpointError` for a block that is not two positive sizes."""
-    block = fields.get(field)
-    if block is None or (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        check_kinds(where, {field: max(block or [1])}, **{field: int})
-    else:
-        raise _description_error(where + field, "two positive integers", block)
-
-
-def _description_error(field: str, expected: str, found: object) -> CheckpointError:
-    return CheckpointError(
-        f"quantization_config: {field}: expected {expected}, found {found!r}. "
-        "Take config.json from the original checkpoint."
-    )
-
-
 class Layer:
     """The tensors of a linear layer, taken one by one: what is left over in the end was not understood.
 

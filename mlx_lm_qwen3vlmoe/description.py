@@ -1,0 +1,52 @@
+"""How a config describes quantization: another tool's way, taken out, and MLX's, put in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from .fields import check_positive, config_error
+
+
+def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Take another tool's ``quantization_config`` out of a config, from wherever it stands; None if there is none.
+
+    Without it, the host leaves alone what is decoded here. MLX's own description, which names no method, stays.
+    Raises `CheckpointError` where the host could not read that.
+    """
+    homes = [config, text] if isinstance(text := config.get("text_config"), dict) else [config]
+    found = None
+    for home in homes:
+        for field in ("quantization_config", "compression_config"):
+            value = home.get(field)
+            if not value:
+                continue
+            if not isinstance(value, dict):
+                raise config_error(field, "an object", value)
+            if config.get("quantization") is None and not ("quant_method" in value or "quantization" in value):
+                config["quantization"] = value
+            elif config.get("quantization") is None:
+                found = found or value
+                del home[field]
+    own = config.get("quantization")
+    if own is not None and not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
+        raise config_error("quantization", "an object with group_size and bits", own)
+    for path, parameters in {"": own, **(own or {})}.items():
+        for field in ("group_size", "bits"):
+            if isinstance(parameters, dict) and parameters.get(field) is not None:
+                check_positive(f"quantization: {path} {field}", parameters[field], int)
+    return found
+
+
+def record_quantization(config: dict[str, Any], packed: dict[str, dict[str, Any]]) -> None:
+    """Describe packed layers in MLX's way: the commonest parameters for all, and an entry a path for the others.
+
+    Args:
+        packed: path of a layer → ``group_size``, ``bits`` and, unless it is affine, ``mode``.
+    """
+    ((parameters, _),) = Counter(tuple(sorted(parameters.items())) for parameters in packed.values()).most_common(1)
+    common = {field: value for field, value in parameters if field != "global_scale"}
+    own = config.get("quantization") or {}  # of MLX, which has other layers too
+    common = {field: own[field] for field in ("group_size", "bits", "mode") if field in own} or common
+    config["quantization"] = {**own, **common}
+    config["quantization"] |= {path: parameters for path, parameters in packed.items() if parameters != common}
