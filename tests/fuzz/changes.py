@@ -33,6 +33,7 @@ VALUES = "the values are others, their types and shapes the same"
 ANOTHER = "the values are another checkpoint's"
 TURNED = "one expert tensor is square, and the others of all layers are turned: another writer's layout"
 LAST_FILE = "the host merges the files, and one of the two tensors is gone before the package is asked"
+FITTING = "tensors and their description were both changed, and may fit each other"
 TIED = "a checkpoint without a head whose config ties it"
 
 # Fields whose other values are another model that is as good, or whose absence means a default.

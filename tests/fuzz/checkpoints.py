@@ -39,7 +39,8 @@ class Checkpoint:
     @property
     def text(self) -> dict[str, Any]:
         config = self.documents["config.json"]
-        return config.get("text_config") or config
+        text = config.get("text_config")
+        return text if isinstance(text, dict) else config
 
     def save(self, folder: Path) -> None:
         files = {name: json.dumps(document).encode() for name, document in self.documents.items()}

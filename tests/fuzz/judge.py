@@ -87,11 +87,21 @@ def _error(found: mx.array, golden: mx.array) -> float:
 
 
 def judge(identifier: str) -> tuple[str, str]:
-    """Load a mutant: the outcome, and of a failure its cause, in words that other mutants share."""
+    """Load a mutant: the outcome, and of a failure its cause, in words that other mutants share.
+
+    Of two changes, the one that fails alone as well is the cause.
+    """
+    outcome = _judge(identifier)
+    if outcome[0] == FAILED and len(mutant(identifier)[1]) > 1:
+        alone = [_judge(identifier, n) for n in (0, 1)]
+        return next((one for one in alone if one[0] == FAILED), outcome)
+    return outcome
+
+
+def _judge(identifier: str, only: int | None = None) -> tuple[str, str]:
     global _asked
-    checkpoint, changes = mutant(identifier)
+    checkpoint, changes = mutant(identifier, only)
     ids, golden = expected(identifier.split(":")[0])
-    excuse = next((change.excuse for change in changes if change.excuse), "")
     with tempfile.TemporaryDirectory(dir=memory()) as folder:
         checkpoint.save(Path(folder))
         _asked = False
@@ -103,10 +113,16 @@ def judge(identifier: str) -> tuple[str, str]:
             return _other(error)
     if found.shape == golden.shape and _error(found, golden) < TOLERANCE:
         return RIGHT, ""
-    if excuse:
+    if excuse := next((change.excuse for change in changes if change.excuse), ""):
         return UNNOTICEABLE, excuse
-    kinds = " + ".join(f"{change.kind}, {change.target}" for change in changes)
+    kinds = " + ".join(f"{change.kind.removesuffix(' everywhere')}, {_short(change.target)}" for change in changes)
     return FAILED, f"other numbers, without a word: {kinds}"
+
+
+def _short(target: str) -> str:
+    """The last word of a field or tensor: experts and attention are much the same."""
+    home, _, last = target.rpartition(".")
+    return f"…{'.experts' * (last in ('gate_up_proj', 'down_proj'))}.{last}" if home else last
 
 
 def _other(error: Exception) -> tuple[str, str]:

@@ -109,7 +109,7 @@ def report(results: dict[str, tuple[str, str]], seconds: float) -> None:
         print(f"| {group} | {' | '.join(map(str, numbers))} |")
     print(f"\n{len(results)} mutants in {seconds:.0f} seconds, {len(results) / max(seconds, 1e-9):.0f} a second")
     for cause, found in sorted(causes.items(), key=lambda item: -len(item[1])):
-        print(f"\n{len(found)} × {cause}")
+        print(f"\n{len(found)} of {cause}")
         for identifier in sorted(found, key=lambda i: (len(mutant(i)[1]), i))[:EXAMPLES]:
             print(f"  {identifier}  {' AND '.join(map(str, mutant(identifier)[1]))[:300]}")
 

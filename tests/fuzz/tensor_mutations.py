@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import shapes
 from changes import ANOTHER, TURNED, VALUES, Change, class_of, is_index, layer_of, signature
 from checkpoints import TYPES, Array, Checkpoint, cast, fixtures, tensors
 
 Names = list[str]
+Mutation = Callable[[random.Random, Checkpoint, str], "str | None"]
 PREFIXES = ["model.language_model.", "language_model.model.", "language_model.", "model.", "", "base_model.model."]
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
@@ -59,7 +61,7 @@ def _in_range(checkpoint: Checkpoint, key: str) -> bool:
     scales = [checkpoint.tensors.get(f"{layer_of(key)}.{suffix}") for suffix in ("scales", "weight_scale")]
     groups = [array[1].shape[axis] for axis, array in enumerate(scales) if array is not None and array[1].ndim == 2]
     values = checkpoint.tensors[key][1]
-    return bool(groups) and values.dtype.kind in "iu" and 0 <= int(values.min()) and int(values.max()) < groups[0]
+    return bool(groups) and values.dtype.kind in "iu" and int(values.min()) >= 0 and int(values.max()) < groups[0]
 
 
 # Each takes random numbers, the checkpoint and the name of a tensor, and says what it did; None if it could not.
@@ -71,41 +73,42 @@ def remove(rng: random.Random, checkpoint: Checkpoint, name: str) -> str:
 
 
 def other_name(rng: random.Random, name: str) -> str:
-    """A name that is nearly the same."""
+    """A name that is nearly the same: another prefix, suffix, projection, or a slip of the pen."""
     bare = next(name.removeprefix(p) for p in PREFIXES if name.startswith(p))
+    layer, at = layer_of(name), rng.randrange(len(name))
     names = [prefix + bare for prefix in PREFIXES]
-    for match in NUMBER.finditer(name):
-        digits, n = match[0], int(match[0])
-        foreign = "".join(chr(0x660 + int(digit)) for digit in digits)
-        wide = "".join(chr(0xFF10 + int(digit)) for digit in digits)
-        others = [f"0{digits}", f"0{digits}", f"00{digits}", foreign, wide, "9" * 5000, f"-{digits}", f"+{digits}"]
-        others += [f"{digits}_", f" {digits}", str(n + 1), str(n + 100), str(10**9), f"{digits}.0", "x", "²", ""]
-        names += [name[: match.start()] + other + name[match.end() :] for other in others]
-    layer, _, suffix = name.rpartition(".")
     names += [f"{layer}.{other}" for other in rng.sample(suffixes_seen(), 6)]
-    if found := [p for p in PROJECTIONS if f"{p}" in name.split(".")]:
+    if found := [p for p in PROJECTIONS if p in name.split(".")]:
         names += [name.replace(f".{found[0]}", f".{p}") for p in rng.sample(PROJECTIONS, 3)]
-    at = rng.randrange(len(name))
     names += [name[:at] + name[at + 1 :], name.upper(), layer, f"{name}.weight", f"{name}_0", f"{name}."]
     return rng.choice([other for other in names if other != name])
 
 
-def rename(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
-    new = other_name(rng, name)
-    if new in checkpoint.tensors:
-        return None
-    checkpoint.tensors[new] = checkpoint.tensors.pop(name)
-    return f"{name} → {_short(new)}"
+def other_index(rng: random.Random, name: str) -> str:
+    """The name with one of its numbers written in another way, or another number."""
+    if not (found := list(NUMBER.finditer(name))):
+        return name
+    match = rng.choice(found)
+    digits, n = match[0], int(match[0])
+    foreign, wide = ("".join(chr(zero + int(digit)) for digit in digits) for zero in (0x660, 0xFF10))
+    others = [f"0{digits}", f"0{digits}", f"00{digits}", foreign, wide, "9" * 5000, f"-{digits}", f"+{digits}", "²"]
+    others += [f"{digits}_", f" {digits}", str(n + 1), str(n + 100), str(10**9), f"{digits}.0", "x", ""]
+    return name[: match.start()] + rng.choice(others) + name[match.end() :]
 
 
-def duplicate(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
-    """Another tensor of other values, under a name that is nearly the same, before the first or after it."""
-    new = other_name(rng, name)
-    if new in checkpoint.tensors:
-        return None
-    dtype, array = checkpoint.tensors[name]
-    checkpoint.tensors[new] = dtype, array if is_index(name, (dtype, array)) else np.roll(array, 1)
-    return f"{name} and {_short(new)}"
+def renamer(other: Callable[[random.Random, str], str], keep: bool) -> Mutation:
+    """Another name for a tensor; or one more tensor, of other values, of that name."""
+
+    def change(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
+        new = other(rng, name)
+        if new in checkpoint.tensors:
+            return None
+        dtype, array = checkpoint.tensors[name] if keep else checkpoint.tensors.pop(name)
+        rolled = keep and not is_index(name, (dtype, array))
+        checkpoint.tensors[new] = dtype, np.roll(array, 1) if rolled else array
+        return f"{name} {'and' if keep else '→'} {new if len(new) < 200 else f'{new[:80]}… of {len(new)} characters'}"
+
+    return change
 
 
 def beside(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
@@ -150,7 +153,7 @@ def view(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
     return f"{name} {old} → {dtype} {list(array.shape)} of the same bits"
 
 
-def reshaper(function: Callable[[random.Random, np.ndarray], np.ndarray | None]) -> Callable:
+def reshaper(function: Callable[[random.Random, np.ndarray], np.ndarray | None]) -> Mutation:
     """A change of the shape alone, as a change of a checkpoint."""
 
     def change(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
@@ -162,54 +165,6 @@ def reshaper(function: Callable[[random.Random, np.ndarray], np.ndarray | None])
         return f"{name} {list(array.shape)} → {list(new.shape)}"
 
     return change
-
-
-def _axis(rng: random.Random, array: np.ndarray, least: int = 2) -> int | None:
-    axes = [axis for axis, size in enumerate(array.shape) if size >= least]
-    return rng.choice(axes) if axes else None
-
-
-def halved(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    return None if (axis := _axis(rng, array)) is None else array.take(range(array.shape[axis] // 2), axis)
-
-
-def cut(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    return None if (axis := _axis(rng, array)) is None else array.take(range(array.shape[axis] - 1), axis)
-
-
-def doubled(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    return None if (axis := _axis(rng, array, 1)) is None else np.concatenate([array, array], axis)
-
-
-def transposed(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    return array.swapaxes(-1, rng.choice([-2, 0])) if array.ndim > 1 else None
-
-
-def with_an_axis(rng: random.Random, array: np.ndarray) -> np.ndarray:
-    return np.expand_dims(array, rng.randint(0, array.ndim))
-
-
-def without_an_axis(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    return None if (axis := _axis(rng, array, 1)) is None else array.take(0, axis)
-
-
-def emptied(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    return None if (axis := _axis(rng, array, 1)) is None else array.take([], axis)
-
-
-def one(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    """One number where there were many, in as many axes, or one, or none."""
-    return array.ravel()[:1].reshape(rng.choice([(), (1,), (1,) * array.ndim])) if array.size else None
-
-
-def reshaped(rng: random.Random, array: np.ndarray) -> np.ndarray | None:
-    """Another shape of as many numbers, in the order of rows or of columns."""
-    shapes = [(array.size,), (1, array.size), (array.size, 1), array.shape[::-1]]
-    if array.ndim > 1:
-        shapes += [(*array.shape[:-2], array.shape[-1], array.shape[-2])] * 2
-    shapes += [(array.size // n, n) for n in (2, 4, 8, 16, 64) if array.size % n == 0]
-    shape = rng.choice(shapes)
-    return array.reshape(shape, order=rng.choice("CF")) if shape != array.shape else None
 
 
 def noise(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
@@ -279,30 +234,28 @@ def suffixes_seen() -> Names:
     return sorted(found | {"qbiases", "weight_zero_point", "pre_quant_scale", "weight_scale_2", "perm"})
 
 
-def _short(name: str) -> str:
-    return name if len(name) < 200 else f"{name[:80]}… of {len(name)} characters"
-
-
-KINDS: dict[str, Callable[[random.Random, Checkpoint, str], str | None]] = {
+KINDS: dict[str, Mutation] = {
     "removed": remove,
-    "renamed": rename,
-    "doubled under another name": duplicate,
+    "renamed": renamer(other_name, keep=False),
+    "of another index": renamer(other_index, keep=False),
+    "doubled under another name": renamer(other_name, keep=True),
+    "doubled under another index": renamer(other_index, keep=True),
     "beside others": beside,
     "swapped with a like one": swap,
     "cast": recast,
     "of other bits": view,
-    "halved": reshaper(halved),
-    "cut by one": reshaper(cut),
-    "repeated": reshaper(doubled),
-    "transposed": reshaper(transposed),
-    "with one axis more": reshaper(with_an_axis),
-    "with one axis less": reshaper(without_an_axis),
-    "emptied": reshaper(emptied),
-    "of one number": reshaper(one),
-    "reshaped": reshaper(reshaped),
+    "halved": reshaper(shapes.halved),
+    "cut by one": reshaper(shapes.cut),
+    "repeated": reshaper(shapes.doubled),
+    "transposed": reshaper(shapes.transposed),
+    "with one axis more": reshaper(shapes.with_an_axis),
+    "with one axis less": reshaper(shapes.without_an_axis),
+    "emptied": reshaper(shapes.emptied),
+    "of one number": reshaper(shapes.one),
+    "reshaped": reshaper(shapes.reshaped),
     "of other values": noise,
     "cut with its layer": layer_axis,
     "of another fixture": of_another,
     "format of another fixture": format_of_another,
 }
-INDEX = {"index out of range": out_of_range}
+INDEX: dict[str, Mutation] = {"index out of range": out_of_range}
