@@ -134,7 +134,7 @@ def _other(error: Exception) -> tuple[str, str]:
                 return READERS, why
     frame = traceback.extract_tb(error.__traceback__)[-1]
     words = re.sub(r"[\w.]*\.\w+[\w.]*|'[^']*'", "…", message.split("\n")[0])
-    words = " ".join(re.sub(r"-?\d[\d,. e+-]*", "N", words).split()[:8])
+    words = " ".join(re.sub(r"-?\d+(?:[.,] ?\d+)*", "N", words).split()[:8])
     return FAILED, f"{kind} in {Path(frame.filename).name}, {frame.name}: {words}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from changes import FITTING, LAST_FILE, MEANINGS, TIED, Change
@@ -141,22 +141,32 @@ def undescribed(rng: random.Random, checkpoint: Checkpoint, name: str) -> Iterat
         yield "no hf_quant_config.json, quantization_config or quantization", ""
 
 
+def damage(checkpoint: Checkpoint, file: str, change: Callable[[bytes], bytes | None]) -> None:
+    """Change the bytes of a file, or remove it."""
+
+    def damaged(files: dict[str, bytes]) -> None:
+        if file in files and (content := change(files.pop(file))) is not None:
+            files[file] = content
+
+    checkpoint.damage.append(damaged)
+
+
 def cut_short(rng: random.Random, checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, str]]:
     file, part = rng.choice(FILES), rng.random()
-    checkpoint.damage.append(lambda files: files.update({file: files[file][: int(part * len(files[file]))]}))
+    damage(checkpoint, file, lambda content: content[: int(part * len(content))])
     yield f"{file} after {part:.0%}", ""
 
 
 def garbage(rng: random.Random, checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, str]]:
-    """Some bytes of the header, or of the config, are others."""
+    """A byte of the header, or of the config, is another."""
     file, at, byte = rng.choice(FILES), rng.randrange(1000), rng.randbytes(1)
-    checkpoint.damage.append(lambda files: files.update({file: files[file][:at] + byte + files[file][at + 1 :]}))
-    yield f"byte {at} of {file} is {byte!r}", "a byte of a name or of a number may be as good"
+    damage(checkpoint, file, lambda content: content[:at] + byte + content[at + 1 :])
+    yield f"byte {at} of {file} is {byte!r}", "another byte in a number or an offset is as good"
 
 
 def file_missing(rng: random.Random, checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, str]]:
     file = rng.choice(FILES)
-    checkpoint.damage.append(lambda files: files.pop(file))
+    damage(checkpoint, file, lambda content: None)
     yield file, ""
 
 

@@ -97,16 +97,21 @@ def other_index(rng: random.Random, name: str) -> str:
 
 
 def renamer(other: Callable[[random.Random, str], str], keep: bool) -> Mutation:
-    """Another name for a tensor; or one more tensor, of other values, of that name."""
+    """Another name for a tensor, or for all of its layer; or as many more tensors, of other values, of those names."""
 
     def change(rng: random.Random, checkpoint: Checkpoint, name: str) -> str | None:
-        new = other(rng, name)
-        if new in checkpoint.tensors:
+        layer = [key for key in checkpoint.tensors if layer_of(key) == layer_of(name)]
+        names = layer if other is other_index and rng.random() < 0.5 else [name]
+        seed = rng.random()
+        news = [other(random.Random(seed), key) for key in names]
+        if not checkpoint.tensors.keys().isdisjoint(news):
             return None
-        dtype, array = checkpoint.tensors[name] if keep else checkpoint.tensors.pop(name)
-        rolled = keep and not is_index(name, (dtype, array))
-        checkpoint.tensors[new] = dtype, np.roll(array, 1) if rolled else array
-        return f"{name} {'and' if keep else '→'} {new if len(new) < 200 else f'{new[:80]}… of {len(new)} characters'}"
+        for key, new in zip(names, news, strict=True):
+            dtype, array = checkpoint.tensors[key] if keep else checkpoint.tensors.pop(key)
+            rolled = keep and not is_index(key, (dtype, array))
+            checkpoint.tensors[new] = dtype, np.roll(array, 1) if rolled else array
+        new = news[0] if len(news[0]) < 200 else f"{news[0][:80]}… of {len(news[0])} characters"
+        return f"{names[0]} {'and' if keep else '→'} {new}{f', {len(names)} in all' if names[1:] else ''}"
 
     return change
 
