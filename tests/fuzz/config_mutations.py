@@ -14,7 +14,7 @@ Path = tuple[Any, ...]
 WRONG = ["", "5", "foo", 0, 3, -1, 1.5, True, [], [1], {}, {"a": 1}, [[]]]
 
 
-def mutate_config(rng: random.Random, checkpoint: Checkpoint, name: str) -> Change | None:
+def mutate_config(rng: random.Random, checkpoint: Checkpoint, _layer: str | None) -> Change | None:
     """Change one field, drawn from classes of fields, so that long lists do not crowd out the others."""
     if rng.random() < 0.1:
         return _add(rng, checkpoint)

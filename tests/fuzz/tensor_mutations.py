@@ -19,11 +19,14 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def mutate_tensor(rng: random.Random, checkpoint: Checkpoint, name: str) -> Change | None:
-    """Change one tensor, or in some cases all of its class; an excuse where types and shapes stay what they were."""
+def mutate_tensor(rng: random.Random, checkpoint: Checkpoint, layer: str | None) -> Change | None:
+    """Change one tensor, of a layer or of any, or all of its class. Excused where types and shapes stay as they were."""
     classes: dict[str, Names] = {}
     for key in checkpoint.tensors:
-        classes.setdefault(class_of(key), []).append(key)
+        if layer in (None, layer_of(key)):
+            classes.setdefault(class_of(key), []).append(key)
+    if not classes:  # the layer has lost its name
+        return mutate_tensor(rng, checkpoint, None)
     target = rng.choice(sorted(classes))
     everywhere = rng.random() < 0.15
     chosen = classes[target] if everywhere else [rng.choice(classes[target])]
