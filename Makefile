@@ -4,11 +4,13 @@ PYTHON ?= python3
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
 MODEL := examples/tiny-qwen3-vl-moe
 QUESTION ?= What is this package?
+# Of tests/fuzz/run.py: --seconds, --mutants, --only FIXTURE, --seed, --replay ID.
+FUZZ ?= --seconds 600
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: demo test lint matrix bench bench-quick clean
+.PHONY: demo test lint fuzz matrix bench bench-quick clean
 
 demo: $(VENV)/demo.stamp
 	@echo "\$$ mlx_lm.generate --model $(MODEL) --prompt \"$(QUESTION)\""
@@ -32,6 +34,10 @@ $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
+
+# Mutants of every fixture: right numbers, or one error. See docs/fuzzing.md.
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/nox --no-error-on-missing-interpreters
