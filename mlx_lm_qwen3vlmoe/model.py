@@ -22,7 +22,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from . import __version__, backend, parallel
 from .config import ModelArgs
-from .errors import HostError
+from .errors import CheckpointError, HostError
 from .sanitize import check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,17 @@ class Model(nn.Module):
         shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
         check_shapes(weights, shapes, self.args.config.get("quantization") or {})
         return weights
+
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
+        """As the host's, with one error that names what a checkpoint lacks."""
+        if strict and isinstance(file_or_weights, list):
+            found = {name for name, _ in file_or_weights}
+            if missing := [name for name in dict(tree_flatten(self.parameters())) if name not in found]:
+                raise CheckpointError(
+                    f"{missing[0]}: expected in a complete checkpoint, found nothing ({len(missing)} are missing). "
+                    "Is a file of the checkpoint missing, or num_hidden_layers wrong in config.json?"
+                )
+        return super().load_weights(file_or_weights, strict=strict)
 
     @property
     def model(self) -> nn.Module:

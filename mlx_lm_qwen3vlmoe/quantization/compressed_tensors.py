@@ -90,6 +90,7 @@ def decode(layer: Layer) -> Decoded:
         codes = layer.take("weight_packed", 2)
         if codes.dtype != mx.uint8:
             raise layer.error("weight_packed", "32-bit integers or bytes", codes.dtype)
+        _schemes(layer, "float", 4)
         if layer.has("weight_global_scale"):  # which divides
             return nvfp4(layer, codes, layer.take("weight_scale"), 1 / layer.number("weight_global_scale"))
         return mxfp4(layer, codes, layer.take("weight_scale", 2))
@@ -127,7 +128,7 @@ def _integers(layer: Layer) -> Decoded:
     weight, scales = layer.take("weight", 2), layer.floats("weight_scale", 0, 1, 2)
     zeros = layer.tensors.pop("weight_zero_point", None)
     outputs, inputs = layer.shape(weight)
-    schemes = layer.settings.get("schemes") or [{}]
+    schemes = _schemes(layer, "int") or [{}]
     scheme = next((s for s in schemes if _grid(s, scales, layer, (outputs, inputs))), schemes[0])
     bits = bits if (bits := scheme.get("num_bits")) in BITS else 8
     scales = _rows(layer, scales, scheme, (outputs, inputs))
@@ -146,11 +147,27 @@ def _floats(layer: Layer) -> Decoded:
     weight = layer.take("weight", 2)
     if weight.dtype != loaded_e4m3():
         raise layer.error("weight", "a known quantized format", f"{weight.dtype} beside {sorted(layer.tensors)}")
+    schemes = _schemes(layer, "float", 8)
     if layer.has("weight_scale", mx.uint8):
         return mxfp8(layer, weight, layer.take("weight_scale", 2))
+    if schemes and schemes[0].get("scale_dtype") == "torch.uint8":
+        raise layer.error("weight_scale", "powers of two (uint8), by scale_dtype", layer.take("weight_scale").dtype)
     suffix = "weight_scale_inv" if layer.has("weight_scale_inv") else "weight_scale"
-    schemes = layer.settings.get("schemes")
+    scale = layer.tensors.get(suffix)
+    if schemes and scale is not None and schemes[0].get("strategy") in ("tensor", "channel"):
+        _rows(layer, scale, schemes[0], (layer.shape(weight)[0], layer.shape(weight)[1]))
     return fp8.scaled(layer, weight, suffix, (_block(schemes[0]) or (0, 0)) if schemes else None)
+
+
+def _schemes(layer: Layer, kind: str, bits: int | None = None) -> list[dict[str, Any]]:
+    """The schemes that may apply, of a type and a number of bits; raises `CheckpointError` where all are of others."""
+    schemes = layer.settings.get("schemes") or []
+    fitting = [s for s in schemes if s.get("type", kind) == kind and (bits or s.get("num_bits")) == s.get("num_bits")]
+    if schemes and not fitting:
+        found = ", ".join(f"{scheme.get('type')} of {scheme.get('num_bits')} bits" for scheme in schemes)
+        expected = f"a scheme for {kind}{f' of {bits} bits' if bits else ''} in config_groups"
+        raise layer.error("weight", expected, found)
+    return fitting
 
 
 def _block(scheme: dict[str, Any]) -> tuple[int, int] | None:
@@ -169,9 +186,10 @@ def _grid(scheme: dict[str, Any], scales: mx.array, layer: Layer, shape: tuple[i
     if block := _block(scheme):
         expected = math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
         return expected if found == expected else None
-    if all(axis == 1 for axis in found):
+    strategy = scheme.get("strategy")
+    if strategy != "channel" and all(axis == 1 for axis in found):
         return 1, 1
-    return (shape[0], 1) if found in ((shape[0],), (shape[0], 1)) else None
+    return (shape[0], 1) if strategy != "tensor" and found in ((shape[0],), (shape[0], 1)) else None
 
 
 def _rows(
@@ -182,6 +200,8 @@ def _rows(
     if grid is None:
         block = _block(scheme)
         expected = [[math.ceil(shape[n] / block[n]) for n in (0, 1)]] if block else [[shape[0], 1], [1]]
+        if not block and (strategy := scheme.get("strategy")) in ("channel", "tensor"):
+            expected = expected[:1] if strategy == "channel" else expected[1:]
         what = f"the shape {' or '.join(map(str, expected))}, by config_groups"
         raise layer.error(suffix, what, list(layer.shape(scales)))
     scales = scales.reshape(*layer.lead, *grid)
@@ -199,7 +219,7 @@ def _scheme(layer: Layer, scales: mx.array, stream: tuple[int, int], zeros: mx.a
     outputs, size = stream
     fitting = {
         scheme["num_bits"]: scheme
-        for scheme in reversed(layer.settings.get("schemes") or ())
+        for scheme in reversed(_schemes(layer, "int"))
         if isinstance(bits := scheme.get("num_bits"), int)
         and size % bits == 0
         and _grid(scheme, scales, layer, (outputs, size // bits))

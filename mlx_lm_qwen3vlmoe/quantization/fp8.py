@@ -82,14 +82,16 @@ def _in_blocks(
         scale = scale.squeeze((-3, -1))
         found = layer.shape(scale)
     high, wide = block or _BLOCK
-    if high and found == _grid(rows, columns, high, wide):
-        return scale, high, wide
+    grid = _grid(rows, columns, high, wide) if high else None
+    single = all(axis == 1 for axis in found)
+    if found == grid or (single and grid == (1, 1)):
+        return scale.reshape(*layer.lead, *grid), high, wide
     if not (block and high):
-        if all(axis == 1 for axis in found):
+        if single:
             return scale.reshape(*layer.lead, 1, 1), rows, columns
         if found in ((rows,), (rows, 1)):
             return scale.reshape(*layer.lead, rows, 1), 1, columns
-    expected = [list(_grid(rows, columns, high, wide))] if block and high else [[1], [rows, 1]]
+    expected = [list(grid)] if block and grid else [[1], [rows, 1]]
     raise layer.error(suffix, f"the shape {' or '.join(map(str, expected))}", list(found))
 
 

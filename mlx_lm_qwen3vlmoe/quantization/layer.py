@@ -97,6 +97,8 @@ class Layer:
                 "Is a file of the checkpoint missing?"
             )
         array = self.tensors.pop(suffix)
+        if array.shape[: len(self.lead)] != self.lead:
+            raise self.error(suffix, f"{self.lead[0]} experts", list(array.shape))
         if (ranks and len(self.shape(array)) not in ranks) or not array.size:
             raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(self.shape(array)))
         if suffix in _INTEGERS:

@@ -15,8 +15,8 @@ from .numbers import e2m1, e4m3, e8m0, has_mode, loaded_e4m3, six_bits_as_e4m3
 def mxfp4(layer: Layer, codes: mx.array, scales: mx.array) -> Decoded:
     """``w = e2m1 * 2 ** (s - 127)``: bytes ``[out, in / 2]``, low nibble first, and scales ``[out, in / 32]``."""
     outputs, size = layer.shape(codes)
-    layer.check("weight_scale", _bytes(layer, scales), (outputs, size // 16))
-    if size % 16 == 0 and has_mode("mxfp4"):
+    layer.check("weight_scale", _bytes(layer, scales), (outputs, _groups(layer, size, 16)))
+    if has_mode("mxfp4"):
         tensors = {"weight": codes.view(mx.uint32), "scales": scales}
         return Decoded(tensors, {"group_size": 32, "bits": 4, "mode": "mxfp4"})
     return _float(layer, e2m1(codes), e8m0(scales), 32, "this MLX has no mxfp4")
@@ -39,8 +39,8 @@ def mxfp6(layer: Layer, codes: mx.array, scales: mx.array, kind: str) -> Decoded
 def mxfp8(layer: Layer, codes: mx.array, scales: mx.array) -> Decoded:
     """``w = e4m3 * 2 ** (s - 127)``: codes ``[out, in]`` as `mx.load` gives them, scales ``[out, in / 32]`` bytes."""
     outputs, size = layer.shape(codes)
-    layer.check("weight_scale", _bytes(layer, scales), (outputs, size // 32))
-    if size % 32 == 0 and codes.dtype == mx.uint8 and has_mode("mxfp8"):  # not the values that an older MLX decoded
+    layer.check("weight_scale", _bytes(layer, scales), (outputs, _groups(layer, size, 32)))
+    if codes.dtype == mx.uint8 and has_mode("mxfp8"):  # not the values that an older MLX decoded
         tensors = {"weight": codes.view(mx.uint32), "scales": scales}
         return Decoded(tensors, {"group_size": 32, "bits": 8, "mode": "mxfp8"})
     return _float(layer, e4m3(codes), e8m0(scales), 32, "this MLX has no mxfp8")
@@ -68,6 +68,12 @@ def nvfp4(layer: Layer, codes: mx.array, scales: mx.array, scale: mx.array, grou
         tensors["global_scale"] = tensors["global_scale"] * (448 * 6)
         return Decoded(tensors, {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True})
     return _float(layer, e2m1(codes), e4m3(scales) * scale, group_size, "NVFP4's second scale")
+
+
+def _groups(layer: Layer, size: int, group: int) -> int:
+    if size % group:
+        raise layer.error("weight", f"a multiple of {group} bytes for groups of 32", size)
+    return size // group
 
 
 def _bytes(layer: Layer, scales: mx.array) -> mx.array:

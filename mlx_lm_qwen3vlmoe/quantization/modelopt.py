@@ -32,14 +32,19 @@ FORMATS = (
 
 
 def decode(layer: Layer) -> Decoded:
+    algorithm = str(layer.settings.get("quant_algo")).upper()
     if layer.has("weight_scale_2"):
         return nvfp4(layer, layer.take("weight", 2), layer.take("weight_scale"), layer.number("weight_scale_2"))
     if layer.has("weight_scale", mx.uint8) and layer.has("weight"):
-        return microscaled(layer, layer.take("weight", 2), layer.take("weight_scale", 2))
-    return fp8.decode(layer)
+        return microscaled(layer, layer.take("weight", 2), layer.take("weight_scale", 2), algorithm)
+    blocks = (128, 128) if algorithm == "FP8_PB_WO" else (0, 0) if algorithm.startswith("FP8") else None
+    return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", blocks)
 
 
-def microscaled(layer: Layer, codes: mx.array, scales: mx.array) -> Decoded:
-    """MXFP4 or MXFP8, which the shapes tell apart: two codes a byte, or one."""
-    size, groups = layer.shape(codes)[1], layer.shape(scales)[1]
-    return mxfp4(layer, codes, scales) if groups == size // 16 else mxfp8(layer, codes, scales)
+def microscaled(layer: Layer, codes: mx.array, scales: mx.array, algorithm: str) -> Decoded:
+    """MXFP4 or MXFP8: two codes a byte, or one."""
+    if "MXFP4" in algorithm:
+        return mxfp4(layer, codes, scales)
+    if "MXFP8" in algorithm:
+        return mxfp8(layer, codes, scales)
+    raise layer.error("weight", "MXFP4 or MXFP8 in quantization_config (quant_algo)", repr(algorithm))
