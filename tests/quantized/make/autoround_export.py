@@ -72,6 +72,12 @@ RUNS = {
         "auto_round",
         {**G32, "quant_lm_head": True, "layer_config": MIXED_EXPERTS},
     ),
+    "autoround-head": (
+        "short",
+        "W4A16",
+        "auto_round",
+        {**G32, "disable_opt_rtn": False, "quant_lm_head": True, "layer_config": widths(w8=["lm_head"])},
+    ),
     "autoround-gate-up-projs": ("small", "W4A16", "auto_round", {**G32, "layer_config": REST_IN_8}),
     "autoround-ragged-asym": ("ragged", "W3A16", "auto_round", ASYM),
     "autoround-export-gptq-ragged": ("ragged", "W4A16", "auto_gptq", {}),
@@ -95,7 +101,8 @@ RUNS = {
     "autoround-modelfree-w4": ("short", "W4A16", "auto_round", G32),
     "autoround-modelfree-mxfp4": ("short", "MXFP4", "auto_round", {}),
 }
-CALIBRATED = ("autoround-nvfp4", "autoround-fp8-static")
+# Without calibration nothing outside of the layers is quantized, whatever the config then says of `lm_head`.
+CALIBRATED = ("autoround-nvfp4", "autoround-fp8-static", "autoround-head")
 TWO_BITS = {"autoround-widths-sym": 0.9, "autoround-widths-asym": 0.6, "autoround-gptqmodel-asym": 0.6}
 
 
