@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the three base models, the paths, and the per-expert split.
+"""What the scripts of this folder share: the base models, the paths, and the per-expert split.
 
 Weights are named in one canonical way throughout: per expert, [out, in], float32.
 """
@@ -17,6 +17,7 @@ WORK = Path(os.environ.get("FIXTURE_WORK", "fixture-work")).resolve()
 # wide:   every axis is a multiple of 128: groups of 64 and 128, whole blocks.
 # ragged: the last 128 x 128 block of most matrices is partial, and in the fused gate|up one block
 #         straddles the boundary between gate and up.
+# short:  one layer, and a vocabulary of whole words of 32: a head that can be quantized.
 BASES = {
     "small": {
         "hidden_size": 96,
@@ -51,8 +52,20 @@ BASES = {
         "head_dim": 32,
         "mrope_section": [6, 5, 5],
     },
+    "short": {
+        "hidden_size": 64,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 1,
+        "mlp_only_layers": [],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+        "vocab_size": 96,
+    },
 }
-VOCAB = 80
+VOCAB = 80  # where a base does not say
 EXPERTS = 3
 
 
@@ -82,7 +95,7 @@ def config(base):
         },
         "rope_theta": 5000000,
         "use_cache": True,
-        "vocab_size": VOCAB,
+        "vocab_size": text.get("vocab_size", VOCAB),
     }
     vision = {
         "deepstack_visual_indexes": [0],
@@ -184,10 +197,10 @@ def save_config(path, cfg):
     (path / "config.json").write_text(json.dumps(cfg, indent=1) + "\n")
 
 
-def save_dequantized(name, base, weights):
-    """Hand a fixture's dequantized float32 weights over to golden.py."""
+def save_dequantized(name, base, weights, worst=0.3):
+    """Hand a fixture's dequantized float32 weights over to golden.py, which refuses a relative error above `worst`."""
     from safetensors.torch import save_file
 
     (WORK / "dequantized").mkdir(parents=True, exist_ok=True)
     weights = {k: v.float().contiguous() for k, v in weights.items() if ".visual." not in k}
-    save_file(weights, WORK / "dequantized" / f"{name}.safetensors", metadata={"base": base})
+    save_file(weights, WORK / "dequantized" / f"{name}.safetensors", metadata={"base": base, "worst": str(worst)})

@@ -7,7 +7,7 @@ code dequantized. `weight.<module>` is the dequantized weight of a few modules, 
 import sys
 
 import torch
-from common import EXPERTS, FIXTURES, VOCAB, WORK, base_weights, config, split_experts
+from common import EXPERTS, FIXTURES, WORK, base_weights, config, split_experts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -66,20 +66,20 @@ def router_margins(model, ids):
 def golden(name):
     source = WORK / "dequantized" / f"{name}.safetensors"
     with safe_open(source, "pt") as f:
-        base = f.metadata()["base"]
+        base, limit = f.metadata()["base"], float(f.metadata().get("worst", 0.3))
     weights = load_file(source)
     reference = {k: v.float() for k, v in split_experts(base_weights(base)).items() if ".visual." not in k}
     assert weights.keys() == reference.keys(), weights.keys() ^ reference.keys()
     errors = {k: ((weights[k] - reference[k]).norm() / reference[k].norm()).item() for k in weights}
     worst = max(errors, key=errors.get)
-    assert errors[worst] < 0.3, (worst, errors[worst])  # a transposed or misplaced matrix is off by more than 1
+    assert errors[worst] < limit, (worst, errors[worst])  # a transposed or misplaced matrix is off by more than 1
 
     model = load(base, weights)
     candidates = torch.randint(3, 70, (3000, LENGTH), generator=torch.Generator().manual_seed(7))
     margins = torch.cat([router_margins(model, part)[1] for part in candidates.split(500)])
     ids = candidates[margins.argmax()][None]
     logits, margin = router_margins(model, ids)
-    assert logits.shape == (1, LENGTH, VOCAB)
+    assert logits.shape == (1, LENGTH, config(base)["text_config"]["vocab_size"])
     float_logits = load(base, reference)(input_ids=ids).logits
     distance = ((logits - float_logits).norm() / float_logits.norm()).item()
 
