@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..fields import check_kinds
-from . import awq, compressed_tensors, fp8, gptq, modelopt
+from . import auto_round, awq, compressed_tensors, fp8, gptq, modelopt
 from .affine import common, dequantize
 from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors
 
@@ -44,7 +44,7 @@ __all__ = [
     "title",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (awq, compressed_tensors, fp8, gptq, modelopt)
+FAMILIES: tuple[ModuleType, ...] = (auto_round, awq, compressed_tensors, fp8, gptq, modelopt)
 _BY_METHOD = {method: family for family in FAMILIES for method in family.METHODS}
 _FOREIGN = IGNORED.union(*(family.TENSORS for family in FAMILIES))
 # What tells the family where there is no description.
@@ -64,7 +64,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
             f"quantization_config: quant_method: expected one of {', '.join(sorted(_BY_METHOD))}, found {method!r}. "
             "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q."
         )
-    check_kinds("", config, bits=int, group_size=int, sparsity_config=dict)
+    check_kinds("", config, bits=int, sparsity_config=dict)
     family = _BY_METHOD[method]
     if hasattr(family, "check"):
         family.check(config)

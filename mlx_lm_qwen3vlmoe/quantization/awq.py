@@ -6,16 +6,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
+from ..fields import check_kinds
 from .affine import affine
 from .layer import Decoded, Format, Layer
-from .packing import transpose_nibbles, unpack_outputs
+from .packing import transpose_nibbles, transpose_stream, unpack_outputs
 
 METHODS = ("awq",)
 DETAIL = "version"
 TENSORS = {"qweight", "qzeros"}
 FORMATS = (Format("AWQ, 4 bits, version `gemm`", "`qweight` with `quant_method` `awq`", "affine, 4 bits", "packed"),)
+
+
+def check(config: dict[str, Any]) -> None:
+    check_kinds("", config, group_size=int)
 
 
 def decode(layer: Layer) -> Decoded:
@@ -27,14 +34,16 @@ def decode(layer: Layer) -> Decoded:
 
 
 def words_along_outputs(layer: Layer) -> Decoded:
-    """The layout of ``gemm``."""
+    """The layout of ``gemm``; with other bits than 4 the outputs are in the same order over a dense stream."""
     qweight, qzeros, scales = layer.words("qweight", 2), layer.words("qzeros", 2), layer.floats("scales", 2)
-    inputs, words = layer.shape(qweight)
-    groups = layer.shape(scales)[0]
-    layer.check("scales", scales, (groups, words * 8))
+    (inputs, words), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
+    bits, rest = divmod(words * 32, outputs)
+    if rest or not 4 <= bits <= 7 or outputs % 8:
+        raise layer.error("qweight", f"4 to 7 bits for each of {outputs} outputs", list(layer.shape(qweight)))
     layer.check("qzeros", qzeros, (groups, words))
-    if inputs % 8:
-        raise layer.error("qweight", "a multiple of 8 inputs", inputs)
-    zeros = unpack_outputs(qzeros).swapaxes(-1, -2)
+    if inputs % (8 if bits == 4 else 32):
+        raise layer.error("qweight", "a multiple of 8 inputs, or 32 of other bits than 4", inputs)
+    zeros = unpack_outputs(qzeros, bits).swapaxes(-1, -2)
+    packed = transpose_nibbles(qweight) if bits == 4 else transpose_stream(qweight, bits)
     scales = mx.contiguous(scales.swapaxes(-1, -2))
-    return affine(layer, transpose_nibbles(qweight), scales, zeros, 4, layer.settings.get("group_size"))
+    return affine(layer, packed, scales, zeros, bits, layer.settings.get("group_size"))

@@ -32,7 +32,7 @@ FORMATS = (
 
 
 def check(config: dict[str, Any]) -> None:
-    check_kinds("", config, dynamic=dict)
+    check_kinds("", config, dynamic=dict, group_size=int)
 
 
 def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def words_along_inputs(layer: Layer, stored_less_one: bool) -> Decoded:
         layer.take("g_idx")
     (rows, _), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
     bits, rest = divmod(layer.shape(qzeros)[1] * 32, outputs)
-    if rest or bits not in (2, 3, 4, 5, 6, 8):
-        what = f"2, 3, 4, 5, 6 or 8 bits for each of {outputs} outputs"
+    if rest or not 2 <= bits <= 8:
+        what = f"2 to 8 bits for each of {outputs} outputs"
         raise layer.error("qzeros", what, list(layer.shape(qzeros)))
     layer.check("qweight", qweight, (rows, outputs))
     layer.check("qzeros", qzeros, (groups, outputs * bits // 32))

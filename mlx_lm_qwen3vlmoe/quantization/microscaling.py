@@ -70,6 +70,15 @@ def nvfp4(layer: Layer, codes: mx.array, scales: mx.array, scale: mx.array, grou
     return _float(layer, e2m1(codes), e4m3(scales) * scale, group_size, "NVFP4's second scale")
 
 
+def fp4_in_groups(layer: Layer, codes: mx.array, scales: mx.array, why: str) -> Decoded:
+    """``w = e2m1 * scale`` with float scales for groups of 16, which MLX has no format for."""
+    outputs, size = layer.shape(codes)
+    if codes.dtype != mx.uint8 or size % 8:
+        raise layer.error("weight", "bytes of groups of 16", f"{codes.dtype} {list(layer.shape(codes))}")
+    layer.check("weight_scale", scales, (outputs, size // 8))
+    return _float(layer, e2m1(codes), scales, 16, why)
+
+
 def _groups(layer: Layer, size: int, group: int) -> int:
     if size % group:
         raise layer.error("weight", f"a multiple of {group} bytes for groups of 32", size)

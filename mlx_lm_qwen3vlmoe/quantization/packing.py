@@ -34,10 +34,11 @@ def pack(values: mx.array, bits: int) -> mx.array:
     return (stream.reshape(*values.shape[:-1], -1, 32) << constant(*range(32))).sum(-1)
 
 
-def unpack_outputs(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array:
-    """``[…, n, out / 8]`` words of eight outputs each → ``[…, n, out]`` integers of 4 bits, as int32."""
-    shifts = constant(*(4 * order.index(output) for output in range(8)))
-    return ((mx.expand_dims(words.view(mx.uint32), -1) >> shifts) & constant(15)).flatten(-2).astype(mx.int32)
+def unpack_outputs(words: mx.array, bits: int = 4, order: tuple[int, ...] = AWQ) -> mx.array:
+    """``[…, n, out * bits / 32]``, eight outputs at a time in an order → ``[…, n, out]`` integers, as int32."""
+    values = unpack(words, bits)
+    eights = values.reshape(*values.shape[:-1], -1, 8)
+    return eights[..., mx.array([order.index(output) for output in range(8)])].flatten(-2)
 
 
 def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array:
@@ -59,6 +60,11 @@ def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array
     # rows[j] now has nibble j of every word, that is its output order[j], for eight inputs.
     columns = [rows[order.index(output)].swapaxes(-1, -2) for output in range(8)]
     return mx.stack(columns, -2).flatten(-3, -2)
+
+
+def transpose_stream(words: mx.array, bits: int) -> mx.array:
+    """The same for other numbers of bits, ``[…, in, out * bits / 32]`` → ``[…, out, in * bits / 32]``, if slower."""
+    return pack(unpack_outputs(words, bits).swapaxes(-1, -2), bits)
 
 
 @functools.cache

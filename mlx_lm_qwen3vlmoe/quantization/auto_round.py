@@ -1,0 +1,103 @@
+"""Intel AutoRound 0.16.1, whose ``packing_format`` tells what the tensors mean.
+
+| ``packing_format``                       | layout                                  | zero point, or source   |
+|------------------------------------------|-----------------------------------------|-------------------------|
+| ``auto_round:auto_gptq``                 | GPTQ's                                  | stored less one         |
+| ``auto_round``, ``auto_round:gptqmodel`` | GPTQ's                                  | stored as it is         |
+| ``auto_round:auto_awq``                  | AWQ's, with 4 to 7 bits                 | stored as it is         |
+| ``auto_round`` with ``mx_int``           | MXFP4's names and shapes                | ``mxint4_utils.py``     |
+| ``auto_round:llm_compressor``            | compressed-tensors' NVFP4, MXFP4, MXFP8 | ``qmodules``            |
+| ``…_nvfp4_e5m3``                         | FP4 in groups of 16, e5m3 scales        | ``data_type/nvfp.py``   |
+| ``auto_round:fp8_static``, …:fp8, none   | FP8                                     | ``export_to_fp8.py``    |
+
+Its other exports are those tools' own formats. Source: ``auto_round/export`` and ``auto_round/inference``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import mlx.core as mx
+
+from ..fields import check_kinds
+from . import awq, compressed_tensors, fp8, gptq
+from .affine import affine
+from .layer import Decoded, Format, Layer
+from .microscaling import fp4_in_groups
+from .numbers import e5m3, e8m0
+
+METHODS = ("auto-round", "intel/auto-round")
+DETAIL = "packing_format"
+TENSORS = {*gptq.TENSORS, *awq.TENSORS, "weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"}
+FORMATS = (
+    Format("AutoRound, 2 to 8 bits", "`qweight`, by `packing_format`", "affine; 7 bits as 8", "packed"),
+    Format("AutoRound MXINT4", "MXFP4's tensors, with `data_type` `mx_int`", "affine, 4 bits", "packed"),
+    Format("AutoRound NVFP4, MXFP4, MXFP8, FP8", "as the same of other tools", "as there", "as there"),
+    Format("AutoRound NVFP4 with E5M3 scales", "`packing_format` `…_nvfp4_e5m3`", "float", "16 bits"),
+)
+
+
+def check(config: dict[str, Any]) -> None:
+    check_kinds("", config, extra_config=dict)
+
+
+def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """``extra_config`` has fields for layers by name, or by a regular expression."""
+    extra = config.get("extra_config") or {}
+    fields = extra.get(name)
+    if fields is None:
+        fields = next((extra[key] for key in _patterns(*extra) if re.fullmatch(key, name)), None)
+    return {**config, **fields} if isinstance(fields, dict) else config
+
+
+@functools.lru_cache
+def _patterns(*keys: str) -> tuple[str, ...]:
+    return tuple(key for key in keys if "*" in key)
+
+
+def decode(layer: Layer) -> Decoded:
+    packing = str(layer.settings.get("packing_format") or "").removeprefix("auto_round").removeprefix(":")
+    kind = str(layer.settings.get("data_type"))
+    if layer.has("qweight"):
+        if packing in ("awq", "auto_awq"):
+            return awq.words_along_outputs(layer)
+        if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or "packing_format" not in layer.settings:
+            raise _unknown(layer, "qweight", "auto_round, auto_round:auto_gptq, …:gptqmodel or …:auto_awq")
+        return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"))
+    if layer.has("weight_packed"):
+        if kind == "mx_int":
+            return _mxint4(layer)
+        if packing == "llm_compressor_nvfp4_e5m3":
+            codes, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 2)
+            return fp4_in_groups(layer, codes, e5m3(scales), "NVFP4 with E5M3 scales")
+        if packing != "llm_compressor" or kind[:5] not in ("mx_fp", "nv_fp"):
+            raise _unknown(layer, "weight_packed", "auto_round:llm_compressor")
+        return compressed_tensors.decode(layer)
+    if layer.has("weight_scale", mx.uint8):
+        return compressed_tensors.decode(layer)
+    return fp8.decode(layer)
+
+
+def _unknown(layer: Layer, suffix: str, expected: str) -> Exception:
+    found = ", ".join(f"{field} {layer.settings.get(field)!r}" for field in ("packing_format", "data_type"))
+    return layer.error(suffix, f"packing_format {expected} in quantization_config", found)
+
+
+def _mxint4(layer: Layer) -> Decoded:
+    """``w = ±n / 4 * 2 ** (s - 127)``: a sign and three bits, low nibble first, 32 in a group."""
+    codes, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 2)
+    outputs, size = layer.shape(codes)
+    if codes.dtype != mx.uint8 or scales.dtype != mx.uint8 or size % 16:
+        raise layer.error("weight_packed", "bytes of groups of 32, and of their scales", f"{codes.dtype}, {size}")
+    layer.check("weight_scale", scales, (outputs, size // 16))
+    words = _offset_nibbles()[codes].view(mx.uint32)
+    return affine(layer, words, (e8m0(scales) / 4).astype(mx.bfloat16), None, 4, 32)
+
+
+@functools.cache
+def _offset_nibbles() -> mx.array:
+    """Bytes of two signs and magnitudes → of two numbers with 8 added."""
+    offset = [8 - (nibble & 7) if nibble & 8 else 8 + nibble for nibble in range(16)]
+    return mx.array([offset[byte & 15] | offset[byte >> 4] << 4 for byte in range(256)], mx.uint8)
