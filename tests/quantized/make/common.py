@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the three base models, the paths, and the per-expert split.
+"""What the scripts of this folder share: the base models, the paths, and the per-expert split.
 
 Weights are named in one canonical way throughout: per expert, [out, in], float32.
 """
@@ -17,6 +17,7 @@ WORK = Path(os.environ.get("FIXTURE_WORK", "fixture-work")).resolve()
 # wide:   every axis is a multiple of 128: groups of 64 and 128, whole blocks.
 # ragged: the last 128 x 128 block of most matrices is partial, and in the fused gate|up one block
 #         straddles the boundary between gate and up.
+# narrow: for tools that leave the experts in 16 bits: small experts, every other axis a multiple of 64.
 BASES = {
     "small": {
         "hidden_size": 96,
@@ -48,6 +49,17 @@ BASES = {
         "mlp_only_layers": [1],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+    },
+    "narrow": {
+        "hidden_size": 128,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [1],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "head_dim": 32,
         "mrope_section": [6, 5, 5],
     },
