@@ -46,7 +46,6 @@ MAKE = {
     "quark-nvfp4": ("small", scheme("nvfp4"), "reorder"),
     "quark-int8": ("small", int8(), "reorder"),
     "quark-int4-g32": ("small", scheme("int4_wo_32"), "reorder"),
-    "quark-uint4-g128": ("wide", scheme("uint4_wo_128"), "reorder"),
     "quark-uint4-g32-order": ("small", scheme("uint4_wo_32"), "order"),
     "quark-int4-channel-order": (
         "small",

@@ -80,9 +80,13 @@ def hqq(tensors):
 def torchao(tensors, metadata):
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
+    # The dtype that its tensors decode to, which not all of them take as an argument.
+    metadata = {k: v.replace('"_data": "bfloat16"', '"_data": "float32"') for k, v in metadata.items()}
     whole, left = unflatten_tensor_state_dict(tensors, metadata)
     assert not left, left.keys()
-    return {k: v if type(v) is torch.Tensor else v.dequantize(torch.float32) for k, v in whole.items()}
+    out = {k: v if type(v) is torch.Tensor else v.dequantize() for k, v in whole.items()}
+    assert all(v.dtype == torch.float32 for k, v in out.items() if type(whole[k]) is not torch.Tensor)
+    return out
 
 
 def dequantize(folder):
@@ -150,11 +154,9 @@ MAKE = {
     "metal-q4-g64": lambda: make_metal(4, 64),
     "metal-q4-g16": lambda: make_metal(4, 16),
     "metal-q8-g32": lambda: make_metal(8, 32),
-    "metal-q2-g16": lambda: make_metal(2, 16),
 }
 MAKE_457 = {
     "bnb457-int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "bnb457-nf4-double": lambda: BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True),
     "hqq-4bit-g64": lambda: make_hqq(nbits=4, group_size=64),
     "hqq-8bit-g32": lambda: make_hqq(nbits=8, group_size=32),
     "hqq-4bit-axis0": lambda: make_hqq(nbits=4, group_size=64, axis=0),
