@@ -1,7 +1,7 @@
 """Fixtures of bitsandbytes, torchao, HQQ and `metal`: loaded, quantized and saved by transformers.
 
 All of them quantize `nn.Linear` only, so that the experts stay fused and in 16 bits, in the official orientation when
-transformers 4.57 saves them and with the axes swapped when transformers 5 does. The router is a linear layer in 4.57 only.
+transformers 4.57 saves them and with the axes swapped when transformers 5 does. The router is a linear layer in 4.57.
 """
 
 import json
@@ -11,8 +11,7 @@ import sys
 import torch
 from common import WORK, base_path, keep, save_dequantized, split_experts
 from safetensors import safe_open
-from transformers import BitsAndBytesConfig, Qwen3VLMoeForConditionalGeneration
-from transformers import __version__ as TRANSFORMERS
+from transformers import BitsAndBytesConfig, Qwen3VLMoeForConditionalGeneration, __version__
 
 BASE = "narrow"
 SMALL = ("lm_head", "model.visual")  # the tiny vision tower has no whole group
@@ -30,7 +29,7 @@ def quantize(name, quantization):
 
 def read(folder):
     with safe_open(folder / "model.safetensors", "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}, f.metadata()
+        return {key: f.get_tensor(key) for key in list(f.keys())}, f.metadata()
 
 
 def modules_of(tensors):
@@ -157,12 +156,12 @@ MAKE = {
 }
 MAKE_457 = {
     "bnb457-int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "hqq-4bit-g64": lambda: make_hqq(nbits=4, group_size=64),
-    "hqq-8bit-g32": lambda: make_hqq(nbits=8, group_size=32),
+    "hqq-4bit-g32": lambda: make_hqq(nbits=4, group_size=32),  # 64: the router's 3 groups, which HQQ cannot read again
+    "hqq-8bit-g64": lambda: make_hqq(nbits=8, group_size=64),
     "hqq-4bit-axis0": lambda: make_hqq(nbits=4, group_size=64, axis=0),
 }
 
-OFFICIAL = TRANSFORMERS.startswith("4.")
+OFFICIAL = __version__.startswith("4.")
 todo = MAKE_457 if OFFICIAL else MAKE
 for name in sys.argv[1:] or todo:
     weights = dequantize(quantize(name, todo[name]()))
