@@ -18,6 +18,7 @@ WORK = Path(os.environ.get("FIXTURE_WORK", "fixture-work")).resolve()
 # ragged: the last 128 x 128 block of most matrices is partial, and in the fused gate|up one block
 #         straddles the boundary between gate and up.
 # short:  one layer, and a vocabulary of whole words of 32: a head that can be quantized.
+# narrow: for tools that leave the experts in 16 bits: small experts, every other axis a multiple of 64.
 BASES = {
     "small": {
         "hidden_size": 96,
@@ -63,6 +64,17 @@ BASES = {
         "head_dim": 32,
         "mrope_section": [6, 5, 5],
         "vocab_size": 96,
+    },
+    "narrow": {
+        "hidden_size": 64,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [1],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
     },
 }
 VOCAB = 80  # where a base does not say
