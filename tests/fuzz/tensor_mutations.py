@@ -20,7 +20,7 @@ PROJECTIONS = ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "q_proj", "k
 
 
 def mutate_tensor(rng: random.Random, checkpoint: Checkpoint, layer: str | None) -> Change | None:
-    """Change one tensor, of a layer or of any, or all of its class. Excused where types and shapes stay as they were."""
+    """Change one tensor, of a layer or of any, or all of its class; excused where types and shapes stay."""
     classes: dict[str, Names] = {}
     for key in checkpoint.tensors:
         if layer in (None, layer_of(key)):
