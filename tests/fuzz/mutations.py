@@ -37,9 +37,9 @@ def mutant(identifier: str, only: int | None = None) -> tuple[Checkpoint, list[C
         if only not in (None, n):
             continue
         rng = random.Random(f"{identifier}:{n}")
-        mutate = rng.choices([mutate_tensor, mutate_config, mutate_whole], [50, 40, 10])[0]
         change = None
         while change is None:
+            mutate = rng.choices([mutate_tensor, mutate_config, mutate_whole], [50, 40, 10])[0]
             change = mutate(rng, checkpoint, layer)
         changes.append(change)
     if head and not any("lm_head" in key for key in checkpoint.tensors) and True in flags(checkpoint).values():

@@ -25,8 +25,8 @@ def mutate_tensor(rng: random.Random, checkpoint: Checkpoint, layer: str | None)
     for key in checkpoint.tensors:
         if layer in (None, layer_of(key)):
             classes.setdefault(class_of(key), []).append(key)
-    if not classes:  # the layer has lost its name
-        return mutate_tensor(rng, checkpoint, None)
+    if not classes:  # the layer has lost its name, or the file its tensors
+        return mutate_tensor(rng, checkpoint, None) if layer else None
     target = rng.choice(sorted(classes))
     everywhere = rng.random() < 0.15
     chosen = classes[target] if everywhere else [rng.choice(classes[target])]
