@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from changes import FITTING, LAST_FILE, MEANINGS, TIED, Change, class_of, layer_of
+from changes import FITTING, LAST_FILE, MEANINGS, TIED, VALUES, Change, class_of, layer_of
 from checkpoints import Checkpoint, documents, fixtures, original
 from config_mutations import mutate_config, walk
 from tensor_mutations import mutate_tensor
 
 FILES = ("config.json", "model.safetensors")
+GONE = ("tensor removed", "tensor renamed", "tensor of another index")  # and one of other values in its place
 UNDESCRIBED = ("described as another fixture", "not described")
 TIE = "tie_word_embeddings"
 
@@ -36,9 +37,9 @@ def mutant(identifier: str, only: int | None = None) -> tuple[Checkpoint, list[C
         if only not in (None, n):
             continue
         rng = random.Random(f"{identifier}:{n}")
-        mutate = rng.choices([mutate_tensor, mutate_config, mutate_whole], [50, 40, 10])[0]
         change = None
         while change is None:
+            mutate = rng.choices([mutate_tensor, mutate_config, mutate_whole], [50, 40, 10])[0]
             change = mutate(rng, checkpoint, layer)
         changes.append(change)
     if head and not any("lm_head" in key for key in checkpoint.tensors) and True in flags(checkpoint).values():
@@ -47,6 +48,9 @@ def mutant(identifier: str, only: int | None = None) -> tuple[Checkpoint, list[C
     shaped = [c.kind.startswith("tensor ") and "index" not in c.kind for c in changes]
     if any(described) and any(shaped):
         changes[-1].excuse = changes[-1].excuse or FITTING
+    kinds = [change.kind for change in changes]
+    if any("doubled" in kind for kind in kinds) and any(kind.startswith(GONE) for kind in kinds):
+        changes[-1].excuse = changes[-1].excuse or VALUES
     return checkpoint, changes
 
 

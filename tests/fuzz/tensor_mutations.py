@@ -20,13 +20,13 @@ PROJECTIONS = ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "q_proj", "k
 
 
 def mutate_tensor(rng: random.Random, checkpoint: Checkpoint, layer: str | None) -> Change | None:
-    """Change one tensor, of a layer or of any, or all of its class. Excused where types and shapes stay as they were."""
+    """Change one tensor, of a layer or of any, or all of its class; excused where types and shapes stay."""
     classes: dict[str, Names] = {}
     for key in checkpoint.tensors:
         if layer in (None, layer_of(key)):
             classes.setdefault(class_of(key), []).append(key)
-    if not classes:  # the layer has lost its name
-        return mutate_tensor(rng, checkpoint, None)
+    if not classes:  # the layer has lost its name, or the file its tensors
+        return mutate_tensor(rng, checkpoint, None) if layer else None
     target = rng.choice(sorted(classes))
     everywhere = rng.random() < 0.15
     chosen = classes[target] if everywhere else [rng.choice(classes[target])]
