@@ -1,4 +1,4 @@
-"""Make the three bf16 base models in the official layout (transformers 4.57.6)."""
+"""Make the bf16 base models in the official layout (transformers 4.57.6)."""
 
 import torch
 from common import BASES, base_path, config, save_config

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the three base models, the paths, and the per-expert split.
+"""What the scripts of this folder share: the base models, the paths, and the per-expert split.
 
 Weights are named in one canonical way throughout: per expert, [out, in], float32.
 """
@@ -17,6 +17,8 @@ WORK = Path(os.environ.get("FIXTURE_WORK", "fixture-work")).resolve()
 # wide:   every axis is a multiple of 128: groups of 64 and 128, whole blocks.
 # ragged: the last 128 x 128 block of most matrices is partial, and in the fused gate|up one block
 #         straddles the boundary between gate and up.
+# tiny:   one layer of small, for all that is a variant of a format.
+# uneven: the last group of 128 columns is a partial one in every matrix but one.
 BASES = {
     "small": {
         "hidden_size": 96,
@@ -48,6 +50,28 @@ BASES = {
         "mlp_only_layers": [1],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+    },
+    "uneven": {
+        "hidden_size": 192,
+        "moe_intermediate_size": 160,
+        "intermediate_size": 384,
+        "num_hidden_layers": 1,
+        "mlp_only_layers": [],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+    },
+    "tiny": {
+        "hidden_size": 96,
+        "moe_intermediate_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 1,
+        "mlp_only_layers": [],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "head_dim": 32,
         "mrope_section": [6, 5, 5],
     },
