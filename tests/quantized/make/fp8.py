@@ -1,8 +1,8 @@
 """Fixtures of transformers' fine-grained FP8 (transformers 5.23.0), quantized and dequantized by its own code.
 
-`fp8-fused-v5` and `fp8-tensor-v5-static` are real saves. The others are put together here from the same quantizer, because
-transformers itself writes neither per-expert keys nor the official orientation nor partial blocks (it leaves a matrix
-whose axes are not multiples of 128 in float). A partial block is quantized and dequantized padded with zeros.
+`fp8-fused-v5` and `fp8-tensor-v5-static` are real saves. The others are put together here from the same quantizer,
+because transformers itself writes neither per-expert keys nor the official orientation nor partial blocks (it leaves a
+matrix whose axes are not multiples of 128 in float). A partial block is quantized and dequantized padded with zeros.
 """
 
 import shutil
