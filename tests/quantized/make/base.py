@@ -1,7 +1,7 @@
 """Make the bf16 base models in the official layout (transformers 4.57.6)."""
 
 import torch
-from common import BASES, base_path, config, save_config
+from common import BASES, SEEDS, base_path, config, save_config
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 
@@ -27,8 +27,8 @@ def fill(model):
             p.copy_(scale * (torch.randn_like(p) + 0.3 * rows * columns))
 
 
-for number, base in enumerate(BASES):
-    torch.manual_seed(100 + number)
+for base in BASES:
+    torch.manual_seed(SEEDS[base])
     model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config(base))).float()
     with torch.no_grad():
         fill(model)

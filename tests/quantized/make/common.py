@@ -19,6 +19,8 @@ WORK = Path(os.environ.get("FIXTURE_WORK", "fixture-work")).resolve()
 #         straddles the boundary between gate and up.
 # short:  one layer, and a vocabulary of whole words of 32: a head that can be quantized.
 # narrow: for tools that leave the experts in 16 bits: small experts, every other axis a multiple of 64.
+# tiny:   one layer of small, for all that is a variant of a format.
+# uneven: the last group of 128 columns is a partial one in every matrix but one.
 BASES = {
     "small": {
         "hidden_size": 96,
@@ -72,6 +74,28 @@ BASES = {
         "num_hidden_layers": 2,
         "mlp_only_layers": [1],
         "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+    },
+    "uneven": {
+        "hidden_size": 192,
+        "moe_intermediate_size": 160,
+        "intermediate_size": 384,
+        "num_hidden_layers": 1,
+        "mlp_only_layers": [],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+    },
+    "tiny": {
+        "hidden_size": 96,
+        "moe_intermediate_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 1,
+        "mlp_only_layers": [],
+        "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
         "mrope_section": [6, 5, 5],

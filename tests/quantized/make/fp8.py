@@ -1,8 +1,8 @@
 """Fixtures of transformers' fine-grained FP8 (transformers 5.23.0), quantized and dequantized by its own code.
 
-`fp8-fused-v5` is a real save. The others are put together here from the same quantizer, because transformers
-itself writes neither per-expert keys nor the official orientation nor partial blocks (it leaves a matrix whose
-axes are not multiples of 128 in float). A partial block is quantized and dequantized padded with zeros.
+`fp8-fused-v5` and `fp8-tensor-v5-static` are real saves. The others are put together here from the same quantizer,
+because transformers itself writes neither per-expert keys nor the official orientation nor partial blocks (it leaves a
+matrix whose axes are not multiples of 128 in float). A partial block is quantized and dequantized padded with zeros.
 """
 
 import shutil
@@ -33,27 +33,28 @@ BLOCK = 128
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
 
 
-def whole_blocks(weight):
+def whole_blocks(weight, size=BLOCK):
+    if size is None:  # one scale a matrix
+        return weight
     rows, columns = weight.shape[-2:]
-    return pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return pad(weight, (0, -columns % size, 0, -rows % size))
 
 
-def quantizer(scale_fmt="float"):
-    return SimpleNamespace(
-        quantization_config=FineGrainedFP8Config(weight_block_size=(BLOCK, BLOCK), scale_fmt=scale_fmt)
-    )
+def quantizer(scale_fmt="float", block=BLOCK):
+    blocks = block and (block, block)
+    return SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=blocks, scale_fmt=scale_fmt))
 
 
-def quantize(weight, scale_fmt):
+def quantize(weight, scale_fmt, block=BLOCK):
     rows, columns = weight.shape[-2:]
-    quantized = Fp8Quantize(quantizer(scale_fmt))._quantize_one("w", whole_blocks(weight.float()))
+    quantized = Fp8Quantize(quantizer(scale_fmt, block))._quantize_one("w", whole_blocks(weight.float(), block))
     return quantized["w"][..., :rows, :columns].contiguous(), quantized["w_scale_inv"]
 
 
-def dequantize(weight, scale):
+def dequantize(weight, scale, block=BLOCK):
     rows, columns = weight.shape[-2:]
-    weight = whole_blocks(weight.float()).to(weight.dtype)
-    whole = Fp8Dequantize(quantizer())._dequantize_one(weight, scale, output_dtype=torch.float32)
+    weight = whole_blocks(weight.float(), block).to(weight.dtype)
+    whole = Fp8Dequantize(quantizer(block=block))._dequantize_one(weight, scale, output_dtype=torch.float32)
     return whole[..., :rows, :columns]
 
 
@@ -73,24 +74,34 @@ def not_converted(base):
     ]
 
 
-def assemble(name, arrange, official=True, scales=torch.float32, base="ragged", scale_fmt="float"):
-    """`arrange` puts the official float weights into the layout of the file, which is then quantized."""
+def assemble(name, arrange, official=True, scales=torch.float32, base="ragged", scale_fmt="float", block=BLOCK):
+    """`arrange` puts the official float weights into the layout of the file, which is then quantized.
+
+    Without blocks the file is a static one: it has the scales of activations too, as transformers' modules name them.
+    """
     out, dequantized = {}, {}
     for key, value in arrange(base_weights(base)).items():
         if not (is_quantized(key) or key.endswith(FUSED)):
             out[key] = dequantized[key] = value
             continue
-        weight, scale = quantize(value, scale_fmt)
+        weight, scale = quantize(value, scale_fmt, block)
         scale = scale.to(scales)
+        dequantized[key] = dequantize(weight, scale, block)
+        if block is None and value.dim() == 2:
+            scale = scale.squeeze()
         out[key], out[f"{key}_scale_inv"] = weight, scale
-        dequantized[key] = dequantize(weight, scale)
+        if block is None:
+            fused = key.endswith(FUSED)
+            out[f"{key}_activation_scale" if fused else key.replace("weight", "activation_scale")] = (
+                torch.rand(len(value) if fused else ()) + 0.5
+            )
     folder = new_fixture(name)
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
     quantization = {
-        "activation_scheme": "dynamic",
+        "activation_scheme": "dynamic" if block else "static",
         "fmt": "e4m3",
         "quant_method": "fp8",
-        "weight_block_size": [BLOCK, BLOCK],
+        "weight_block_size": block and [block, block],
         "modules_to_not_convert": not_converted(base),
     }
     if scale_fmt != "float":
@@ -103,11 +114,13 @@ def swap_axes(weights):
     return {k: v.transpose(1, 2).contiguous() if k.endswith(FUSED) else v for k, v in weights.items()}
 
 
-def real_save(name, base="wide"):
+def real_save(name, base="wide", block=BLOCK, scheme="dynamic"):
     # The check asks for a GPU, which only computing needs; quantizing and saving do not.
     FineGrainedFP8HfQuantizer.validate_environment = lambda self, *args, **kwargs: None
     quantization = FineGrainedFP8Config(
-        weight_block_size=(BLOCK, BLOCK), modules_to_not_convert=["lm_head", "model.visual", "mlp.gate"]
+        weight_block_size=block and (block, block),
+        activation_scheme=scheme,
+        modules_to_not_convert=["lm_head", "model.visual", "mlp.gate"],
     )
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(
         base_path(base), quantization_config=quantization, dtype=torch.bfloat16
@@ -116,9 +129,9 @@ def real_save(name, base="wide"):
     model.save_pretrained(WORK / name)
     weights, dequantized = weights_of(keep(WORK / name, name)), {}
     for key, value in weights.items():
-        if not key.endswith("_scale_inv"):
+        if not key.endswith(("_scale_inv", "activation_scale")):
             scale = weights.get(f"{key}_scale_inv")
-            dequantized[key] = value if scale is None else dequantize(value, scale)
+            dequantized[key] = value if scale is None else dequantize(value, scale, block)
     save_dequantized(name, base, split_experts(dequantized, official=False))
 
 
@@ -130,6 +143,9 @@ MAKE = {
     "fp8-fused-official": lambda name: assemble(name, lambda w: w),
     "fp8-fused-v5": real_save,
     "fp8-fused-v5-bf16": lambda name: assemble(name, swap_axes, official=False, scales=torch.bfloat16),
+    "fp8-tensor-v5-static": lambda name: real_save(name, "tiny", None, "static"),
+    "fp8-tensor-official": lambda name: assemble(name, lambda w: w, base="tiny", block=None),
+    "fp8-tensor-perexpert": lambda name: assemble(name, split_experts, base="tiny", block=None),
 }
 for name in sys.argv[1:] or MAKE:
     MAKE[name](name)

@@ -3,6 +3,9 @@
 Rounded to the nearest value: the calibration that makes GPTQ what it is does not change the format.
 """
 
+import re
+import sys
+
 import torch
 from common import (
     base_weights,
@@ -89,14 +92,19 @@ def dequantize(tensors, qcfg):
     return weight.T.contiguous()
 
 
-def make(name, bits, sym=True, desc_act=False, fmt="gptq", group_size=32, base="small", with_g_idx=True):
-    qcfg = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, format=fmt)
+def make(name, bits, sym=True, desc_act=False, fmt="gptq", group_size=32, base="small", with_g_idx=True, dynamic=None):
+    """`dynamic` is that of the tool: a pattern of modules -> the options that are theirs."""
+    options = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act, "format": fmt}
     generator = torch.Generator().manual_seed(11)
     out, dequantized = {}, {}
     for key, value in split_experts(base_weights(base)).items():
         if not is_quantized(key):
             out[key] = dequantized[key] = value.half()
             continue
+        qcfg = QuantizeConfig(**options)
+        for pattern, own in (dynamic or {}).items():
+            if re.match(pattern.removeprefix("+:"), key):
+                qcfg = QuantizeConfig(**options | own)
         tensors = quantize(value, qcfg, groups(value.shape[1], qcfg, generator))
         dequantized[key] = dequantize(tensors, qcfg)
         if not with_g_idx:
@@ -117,18 +125,35 @@ def make(name, bits, sym=True, desc_act=False, fmt="gptq", group_size=32, base="
         "quant_method": "gptq",
         "sym": sym,
     }
+    if fmt == "gptq_p":  # newer files name it twice
+        cfg["quantization_config"] |= {"format": fmt, "method": "gptq"}
+    if dynamic:
+        cfg["quantization_config"]["dynamic"] = dynamic
     save_config(folder, cfg)
     save_dequantized(name, base, dequantized)
     print("made", name)
 
 
+MAKE = {
+    "gptq-w4-sym": {"bits": 4},
+    "gptq-w4-asym": {"bits": 4, "sym": False},
+    "gptq-w4-asym-v2": {"bits": 4, "sym": False, "fmt": "gptq_v2"},
+    "gptq-w4-actorder": {"bits": 4, "desc_act": True},
+    "gptq-w4-channel": {"bits": 4, "group_size": -1},
+    "gptq-w8-sym": {"bits": 8, "with_g_idx": False},
+    "gptq-w8-asym": {"bits": 8, "sym": False},
+    "gptq-w4-g128": {"bits": 4, "group_size": 128, "base": "wide"},
+    "gptq-w3-sym": {"bits": 3},
+    "gptq-w4-g128-uneven": {"bits": 4, "sym": False, "group_size": 128, "base": "uneven"},
+    "gptq-experts-mixed": {
+        "bits": 4,
+        "base": "tiny",
+        "dynamic": {r"+:.*experts\.1\..*": {"bits": 8}, r"+:.*experts\.2\..*": {"group_size": -1}},
+    },
+    "gptq-p-w3-asym": {"bits": 3, "sym": False, "fmt": "gptq_p", "base": "tiny"},
+    "gptq-p-w6-asym": {"bits": 6, "sym": False, "fmt": "gptq_p", "base": "tiny"},
+    "gptq-p-w7-asym": {"bits": 7, "sym": False, "fmt": "gptq_p", "base": "tiny"},
+}
 if __name__ == "__main__":
-    make("gptq-w4-sym", 4)
-    make("gptq-w4-asym", 4, sym=False)
-    make("gptq-w4-asym-v2", 4, sym=False, fmt="gptq_v2")
-    make("gptq-w4-actorder", 4, desc_act=True)
-    make("gptq-w4-channel", 4, group_size=-1)
-    make("gptq-w8-sym", 8, with_g_idx=False)
-    make("gptq-w8-asym", 8, sym=False)
-    make("gptq-w4-g128", 4, group_size=128, base="wide")
-    make("gptq-w3-sym", 3)
+    for name in sys.argv[1:] or MAKE:
+        make(name, **MAKE[name])

@@ -22,13 +22,14 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 RUNS = {
     "gptqmodel-w4": {"bits": 4, "group_size": 32},
     "gptqmodel-w4-actorder": {"bits": 4, "group_size": 32, "desc_act": True, "act_group_aware": False},
+    "gptqmodel-w5": {"bits": 5, "group_size": 32, "base": "tiny"},
 }
 
 
-def run(name, options):
+def run(name, base="small", **options):
     torch.manual_seed(0)
     source = WORK / f"{name}-base"
-    shutil.copytree(base_path("small"), source, dirs_exist_ok=True)
+    shutil.copytree(base_path(base), source, dirs_exist_ok=True)
     words = {str(i): i for i in range(VOCAB)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), unk_token="0", pad_token="1", eos_token="2"
@@ -53,7 +54,7 @@ def run(name, options):
     model.save(str(WORK / name))
     folder = keep(WORK / name, name)
     cfg = json.loads((folder / "quantize_config.json").read_text())
-    qcfg = QuantizeConfig(**{k: cfg[k] for k in ("bits", "group_size", "sym", "desc_act")}, format="gptq")
+    qcfg = QuantizeConfig(**{k: cfg[k] for k in ("bits", "group_size", "sym", "desc_act", "format")})
     weights, out = weights_of(folder), {}
     for key, value in weights.items():
         module, _, tensor = key.rpartition(".")
@@ -62,9 +63,9 @@ def run(name, options):
             out[f"{module}.weight"] = dequantize({p: weights[f"{module}.{p}"] for p in parts}, qcfg)
         elif f"{module}.qweight" not in weights:
             out[key] = value
-    save_dequantized(name, "small", out)
+    save_dequantized(name, base, out)
     print("made", name)
 
 
 for name in sys.argv[1:] or RUNS:
-    run(name, RUNS[name])
+    run(name, **RUNS[name])

@@ -155,7 +155,7 @@ def dequantize(folder):
         modules.setdefault(module, {})[name] = value
     for module, tensors in modules.items():
         if "weight_scale" not in tensors:
-            kept = {k: v for k, v in tensors.items() if k not in ("k_scale", "v_scale")}
+            kept = {k: v for k, v in tensors.items() if not re.fullmatch("[qkv]_(scale|zero_point)", k)}
             out |= {f"{module}.{k}": v for k, v in kept.items()}
             continue
         if tensors["weight_scale"].dtype == torch.bfloat16:

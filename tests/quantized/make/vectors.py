@@ -30,6 +30,11 @@ GPTQ = {
     # Split planes instead of one bit stream; zero points as in gptq_v2.
     "gptq-p-w3-sym": {"bits": 3, "format": "gptq_p"},
     "gptq-p-w5-sym": {"bits": 5, "format": "gptq_p"},
+    "gptq-p-w6-sym": {"bits": 6, "format": "gptq_p"},
+    # One plane each: as in gptq_v2.
+    "gptq-p-w2-asym": {"bits": 2, "sym": False, "format": "gptq_p"},
+    "gptq-p-w4-asym": {"bits": 4, "sym": False, "format": "gptq_p"},
+    "gptq-p-w8-asym": {"bits": 8, "sym": False, "format": "gptq_p"},
 }
 
 generator = torch.Generator().manual_seed(21)
