@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..fields import check_kinds
-from . import auto_round, awq, compressed_tensors, fp8, gptq, modelopt
+from . import auto_round, awq, compressed_tensors, fp8, gptq, modelopt, quark
 from .affine import common, dequantize
 from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors
 
@@ -44,7 +44,7 @@ __all__ = [
     "title",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (auto_round, awq, compressed_tensors, fp8, gptq, modelopt)
+FAMILIES: tuple[ModuleType, ...] = (auto_round, awq, compressed_tensors, fp8, gptq, modelopt, quark)
 _BY_METHOD = {method: family for family in FAMILIES for method in family.METHODS}
 _FOREIGN = IGNORED.union(*(family.TENSORS for family in FAMILIES))
 # What tells the family where there is no description.
