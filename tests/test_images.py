@@ -178,7 +178,7 @@ def test_images_that_another_program_splices_in_are_not_refused(bits, caplog):
         model(tokens)
     embed = as_exo_does(model, features)
     assert mx.array_equal(model(tokens), expected)
-    assert not caplog.records
+    assert not any("placeholders" in record.message for record in caplog.records)
     model.model.embed_tokens = embed
     with pytest.raises(ValueError, match=REFUSAL):
         model(tokens)
