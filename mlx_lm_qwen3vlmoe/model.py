@@ -8,8 +8,10 @@ converted or fine-tuned with one loads in the other.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -36,33 +38,40 @@ def _host_error(what: str) -> HostError:
     )
 
 
-class Decoder(qwen3_moe.Qwen3MoeModel):
-    """The host's decoder, with what a stage of a pipeline needs of this model type."""
+class Pipeline:
+    """The method ``pipeline`` of the host's decoder, with what a stage needs of this model type.
 
-    widens = False
+    Attributes:
+        widens: whether this stage computes in float32 because another one does.
+    """
 
-    def pipeline(self, group: mx.distributed.Group, *arguments: Any) -> None:
+    def __init__(self, decoder: nn.Module, widens: bool = False):
+        self.decoder = weakref.ref(decoder)  # which has this: a model that is let go is freed at once
+        self.widens = widens
+
+    def __call__(self, group: mx.distributed.Group, *arguments: Any, **options: Any) -> None:
         """Keep this rank's layers; raises `CheckpointError`, on every rank, for more ranks than layers.
 
-        The host receives hidden states in the dtype of the embeddings. But after experts, or scales, in float32 they
+        The host receives hidden states in the dtype of the embeddings. But on the CPU, or after scales in float32, they
         are float32: if they are on any rank, then the stages agree to send nothing else.
         """
-        parallel.check(group.size(), "pipeline", {"num_hidden_layers": self.num_hidden_layers})
-        super().pipeline(group, *arguments)
+        decoder: Any = self.decoder()
+        parallel.check(group.size(), "pipeline", {"num_hidden_layers": decoder.num_hidden_layers})
+        type(decoder).pipeline(decoder, group, *arguments, **options)
         with backend.planned():  # not computed: only the dtype is looked at
-            h = self.embed_tokens(mx.array([[0]]))
-            for layer in self.pipeline_layers:
+            h = decoder.embed_tokens(mx.array([[0]]))
+            for layer in decoder.pipeline_layers:
                 h = layer(h)
-        wide = h.dtype == mx.float32
+        wide = backend.widens(decoder) or h.dtype == mx.float32
         anywhere = bool(mx.distributed.all_sum(mx.array(wide, mx.int32), group=group, stream=mx.cpu).item())
-        first = self.pipeline_rank == self.pipeline_size - 1
+        first = decoder.pipeline_rank == decoder.pipeline_size - 1
         self.widens = anywhere and not (wide and first)  # the first stage computes as one machine would
 
-    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-        if self.widens:
-            h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-            input_embeddings = h.astype(mx.float32)
-        return super().__call__(inputs, cache, input_embeddings)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        return Pipeline(copy.deepcopy(self.decoder(), memo), self.widens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pipeline, (self.decoder(), self.widens)
 
 
 class Model(nn.Module):
@@ -86,14 +95,21 @@ class Model(nn.Module):
                 layer.self_attn.rope = rope
         backend.adapt(self.language_model)
         if hasattr(self.model, "pipeline"):
-            self.model.__class__ = Decoder  # the host's constructor names its own
+            self.model.pipeline = Pipeline(self.model)
 
     if "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters:
 
         def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-            """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place."""
+            """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place.
+
+            They are float32 where the model computes in it: see `backend.widens`.
+            """
+            decoder: Any = self.model
             if input_embeddings is None:
                 self._refuse_images(inputs, cache)
+            if backend.widens(decoder) or getattr(getattr(decoder, "pipeline", None), "widens", False):
+                h = decoder.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+                input_embeddings = h.astype(mx.float32)  # and so is all that follows
             return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
 
     else:
@@ -105,6 +121,12 @@ class Model(nn.Module):
             self._refuse_images(inputs, cache)
             return self.language_model(inputs, cache=cache)
 
+    def train(self, mode: bool = True) -> Model:
+        """As the host's; in training, the float32 copies of evaluation would lie beside those of each step."""
+        if mode:
+            backend.let_go(self)
+        return super().train(mode)
+
     def _refuse_images(self, inputs: mx.array, cache: Any) -> None:
         """Raise `ValueError` for a prompt with an image: ``<|vision_start|>`` and a placeholder after it.
 
@@ -113,6 +135,8 @@ class Model(nn.Module):
         """
         if self.training or inputs.shape[-1] == 1:  # while decoding, a look at the token would cost time
             return
+        if type(self.model.embed_tokens).__module__.partition(".")[0] not in ("mlx", "mlx_lm"):
+            return  # another program put its own in their place, which may know images
         found = [self.args.config.get(f"{name}_token_id") for name in ("image", "video", "vision_start")]
         image, video, start = (token if isinstance(token, int) and abs(token) < 2**31 else -1 for token in found)
         marks = (inputs == image) | (inputs == video)
@@ -180,8 +204,9 @@ class Model(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The decoder layers of this process: all of them, or one stage of a pipeline."""
-        return self.language_model.layers
+        """The decoder layers of this process: the decoder's own list, or one stage of a pipeline."""
+        whole = getattr(self.model, "pipeline_size", 1) == 1
+        return self.model.layers if whole else self.language_model.layers
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:

@@ -12,6 +12,7 @@ import openai
 import pytest
 from conftest import TINY, run
 from mlx_lm import batch_generate, load, stream_generate
+from mlx_lm.utils import load_model, quantize_model
 from test_commands import BIN, serving
 
 # The smallest picture there is, without a library that draws.
@@ -151,6 +152,36 @@ def test_what_is_compiled_is_not_looked_at(tiny):
         assert mx.allclose(found, model(tokens), rtol=1e-4, atol=1e-4)
     finally:
         model.eval()
+
+
+def as_exo_does(model, features: mx.array):
+    """Put a function in place of the embeddings that splices an image's features in where its placeholder is."""
+    embed = model.model.embed_tokens
+
+    def splice(ids: mx.array) -> mx.array:
+        return mx.where((ids == 382)[..., None], features, embed(ids))
+
+    model.model.embed_tokens = splice
+    return embed
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_images_that_another_program_splices_in_are_not_refused(bits, caplog):
+    """Its embeddings are used, and ours of the placeholder are not."""
+    model, config = load_model(TINY)
+    if bits:
+        model, _ = quantize_model(model, config, 32, bits)
+    tokens = mx.array([[1, 380, 382, 381, 5, 7, 2]])
+    features = model.model.embed_tokens(mx.array([[9]]))
+    expected = model(mx.where(tokens == 382, 9, tokens))
+    with pytest.raises(ValueError, match=REFUSAL):
+        model(tokens)
+    embed = as_exo_does(model, features)
+    assert mx.array_equal(model(tokens), expected)
+    assert not any("placeholders" in record.message for record in caplog.records)
+    model.model.embed_tokens = embed
+    with pytest.raises(ValueError, match=REFUSAL):
+        model(tokens)
 
 
 class Watched:

@@ -302,10 +302,7 @@ def test_a_quantized_base_learns_with_every_variant_but_full(converted, data, wo
 
 @pytest.mark.parametrize(
     ("base", "layer"),
-    [
-        ("float32", "CPUSwitchLinear" if mx.default_device() == mx.cpu else "SwitchLinear"),
-        ("4 bits", "QuantizedSwitchLinear"),
-    ],
+    [("float32", "SwitchLinear"), ("4 bits", "QuantizedSwitchLinear")],
 )
 def test_dora_of_experts_is_refused_by_the_host(converted, data, tmp_path, base, layer):
     """By default, too: without keys the host takes every linear layer."""
