@@ -28,6 +28,7 @@ _PIP = f"{sys.executable} -m pip install"
 
 def diagnose() -> dict[str, Any]:
     """What decides which module serves the model type, and ``remedy``: None if the plug-in's does in any process."""
+    host, hostless = _attempt(_host)  # first, as the plug-ins' claims are compared with the host's modules
     finder, unfound = _attempt(registry.find)
     setting = os.environ.get(registry.VARIABLE)
     scan = finder.scan if isinstance(finder, registry.Finder) else registry.Scan(setting)
@@ -40,14 +41,14 @@ def diagnose() -> dict[str, Any]:
         "versions": {_NAME: __version__} | {name: _attempt(metadata.version, name)[0] for name in ("mlx-lm", "mlx")},
         "backend": backend,
         "hook": _hook(finder, unfound),
-        "host": _attempt(_host)[0],
+        "host": host,
         "winner": winner,
         "plugins": [vars(claim) | {"skipped": scan.skipped.get(claim.distribution, off)} for claim in claims],
         "skipped": scan.skipped,
         "conflicts": {name: [each.distribution for each in c] for name, c in scan.plugins.items() if len(c) > 1},
         "variable": setting,
         "command": _attempt(_command)[0],
-        "error": unusable or error,
+        "error": unusable or error or hostless,
     }
     return report | {"remedy": _remedy(report)}
 
@@ -112,6 +113,10 @@ def _remedy(report: dict[str, Any]) -> str | None:
     """The first thing to do, in one line."""
     hook, winner, error, command = (report[key] for key in ("hook", "winner", "error", "command"))
     ours = next((plugin for plugin in report["plugins"] if plugin["value"] == _MODULE), None)
+    if registry.EVERYTHING in report["skipped"]:
+        return f"mlx-lm's own models serve, as {report['skipped'][registry.EVERYTHING]}: repair what fails there"
+    if report["host"] is None and "PluginError" in (error or ""):  # of another plug-in, whose module this one imports
+        return f"{_TYPE} cannot be imported: {error}"
     if report["host"] is None:
         what = _NAME if sys.platform == "darwin" else f"'{_NAME}[cpu]' (or cuda12, cuda13)"
         return f"mlx-lm, or a backend of MLX, cannot be imported ({error}): {_PIP} {what}"

@@ -18,13 +18,16 @@ import sys
 
 TYPE_CHECKING = False  # this runs at every interpreter start: not even typing or __future__ is imported
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from importlib.machinery import ModuleSpec
-    from types import ModuleType
+    from types import CodeType, ModuleType
     from typing import Any
 
 GROUP = "mlx_lm.models"
 VARIABLE = "MLX_LM_PLUGINS"
+EVERYTHING = "sys.path"  # in `Scan.skipped`, when no distribution can be read
 MARKER = "mlx_lm_models_finder"  # every copy of this file looks for it; the value is the version of the protocol
+_warned: "set[str]" = set()
 
 
 class PluginError(RuntimeError):
@@ -52,9 +55,16 @@ class Plugin:
         import importlib
         import logging
 
+        if not all(part.isidentifier() for part in self.value.strip().split(".")):
+            raise PluginError(
+                f"The plug-in {self!r} must name a module, such as 'package.module', and nothing after it, but names "
+                f"{self.value!r}. Update or uninstall {self.distribution}."
+            )
         try:
             module = importlib.import_module(self.value.strip())
-        except Exception as e:
+        except PluginError:  # of another plug-in, whose module this one imports
+            raise
+        except (Exception, SystemExit) as e:
             raise PluginError(
                 f"The plug-in {self!r} failed to import: {type(e).__name__}: {e}. Repair or uninstall "
                 f"{self.distribution}, or set {VARIABLE}=0 to use mlx-lm's own models."
@@ -74,7 +84,7 @@ class Scan:
 
     Attributes:
         plugins: model type → the claims on it, one a distribution, in the order of their names.
-        skipped: distribution → why its entry points are not used.
+        skipped: distribution, file or claim → why its entry points are not used.
     """
 
     def __init__(self, setting: "str | None") -> None:
@@ -82,45 +92,58 @@ class Scan:
         self.skipped: dict[str, str] = {}
         if setting is not None and setting.strip() in ("", "0"):
             return
+        self._allowed = None if setting is None else {_normalized(name) for name in setting.split(",") if name.strip()}
+        self._seen: set[str] = set()
+        for distribution in self._distributions():
+            for plugin in self._claims(distribution):
+                self.plugins.setdefault(plugin.model_type, []).append(plugin)
+        for claimants in self.plugins.values():
+            claimants.sort(key=lambda plugin: (_normalized(plugin.distribution), plugin.value))
+        self._leave_helpers()
+        unseen = set() if self._allowed is None or EVERYTHING in self.skipped else self._allowed - self._seen
+        for name in sorted(unseen):
+            self.skipped[name] = f"listed in {VARIABLE}, but not installed"
+            _warn(f"{VARIABLE} lists {name!r}, which is not installed")
+
+    def _distributions(self) -> "list[Any]":
+        """All that is installed; nothing, with a warning, where that cannot be listed."""
         try:
             import importlib_metadata as metadata
         except ImportError:  # installed without dependencies
             from importlib import metadata  # type: ignore[no-redef]
-
-        allowed = None if setting is None else {_normalized(name) for name in setting.split(",") if name.strip()}
-        seen: set[str] = set()
         try:
-            distributions = list(metadata.distributions())
+            return list(metadata.distributions())
         except Exception as e:  # a broken finder of somebody else's
-            self.skipped["sys.path"] = f"distributions cannot be listed: {type(e).__name__}: {e}"
-            return
-        for distribution in distributions:
-            try:
-                name = distribution.metadata["Name"]
-                # As for imports, the first of two installations on sys.path is the one in force.
-                if not name or _normalized(name) in seen:
-                    continue
-                seen.add(_normalized(name))
-                claims = [(ep.name, ep.value) for ep in distribution.entry_points if ep.group == GROUP]
-                version = distribution.version
-            except Exception as e:  # malformed metadata of one distribution must not cost the others
-                where = str(getattr(distribution, "_path", distribution))
-                self.skipped[where] = f"unreadable metadata: {type(e).__name__}: {e}"
-                continue
-            if not claims:
-                continue
-            if allowed is not None and _normalized(name) not in allowed:
-                self.skipped[name] = f"not listed in {VARIABLE}"
-                continue
-            for model_type, value in sorted(set(claims)):
-                self.plugins.setdefault(model_type, []).append(Plugin(model_type, name, version, value))
-        for claimants in self.plugins.values():
-            claimants.sort(key=lambda plugin: (_normalized(plugin.distribution), plugin.value))
-        for name in sorted((allowed or set()) - seen):
-            import logging
+            self.skipped[EVERYTHING] = f"distributions cannot be listed: {type(e).__name__}: {e}"
+            _warn(f"No plug-in is found, and mlx-lm's own models serve: {self.skipped[EVERYTHING]}")
+            return []
 
-            self.skipped[name] = f"listed in {VARIABLE}, but not installed"
-            logging.getLogger(__name__).warning("%s lists %r, which is not installed", VARIABLE, name)
+    def _claims(self, distribution: "Any") -> "Iterator[Plugin]":
+        """The claims of one distribution, unless it is unreadable, not allowed, or behind another of its name."""
+        try:
+            name = distribution.metadata["Name"]
+            # As for imports, the first of two installations on sys.path is the one in force.
+            if not name or _normalized(name) in self._seen:
+                return
+            self._seen.add(_normalized(name))
+            claims = {(ep.name, ep.value) for ep in distribution.entry_points if ep.group == GROUP}
+            version = distribution.version
+        except Exception as e:  # malformed metadata of one distribution must not cost the others
+            where = str(getattr(distribution, "_path", distribution))
+            self.skipped[where] = f"unreadable metadata: {type(e).__name__}: {e}"
+            return
+        if claims and self._allowed is not None and _normalized(name) not in self._allowed:
+            self.skipped[name] = f"not listed in {VARIABLE}"
+            return
+        for model_type, value in sorted(claims):
+            yield Plugin(model_type, name, version, value)
+
+    def _leave_helpers(self) -> None:
+        """Drop claims on names of the host's helper modules, which every model imports."""
+        for name in list(self.plugins):
+            for plugin in self.plugins.pop(name) if _is_helper(name) else ():
+                self.skipped[repr(plugin)] = f"{name} is no model type, but a module that mlx-lm's models import"
+                _warn(f"The plug-in {plugin!r} is not used: {self.skipped[repr(plugin)]}")
 
 
 class Finder:
@@ -182,12 +205,32 @@ class Alias:
             module = self.plugin.load()
         finally:
             self.resolving.discard(self.fullname)
-        self.own_spec = module.__spec__
+        self.own_spec = getattr(module, "__spec__", None)
         return module
 
     def exec_module(self, module: "ModuleType") -> None:
         # The import system has just put the alias's spec on the module, which was loaded under its own.
         module.__spec__ = self.own_spec
+        code = _hosts_code(self.plugin.model_type)
+        if code and "__getattr__" not in vars(module):
+            self._name_the_plugin(module, code.co_names)
+
+    def _name_the_plugin(self, module: "ModuleType", hosts: "tuple[str, ...]") -> None:
+        """Let other models of the host that import what only the host's own module has end in an error that says so.
+
+        The host takes the ``ImportError`` of ``from .llama import Attention`` for a type that it does not support.
+        """
+
+        def __getattr__(name: str) -> object:  # noqa: N807 (PEP 562)
+            if name in hosts and (self.resolving or _host_is_importing()):
+                raise PluginError(
+                    f"The plug-in {self.plugin!r} stands for mlx-lm's own {self.fullname}, from which another model "
+                    f"imports {name}, but it has no {name}. Update or uninstall {self.plugin.distribution}, or leave "
+                    f"it out of {VARIABLE}."
+                )
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__dict__["__getattr__"] = __getattr__
 
 
 def _normalized(name: str) -> str:
@@ -195,6 +238,43 @@ def _normalized(name: str) -> str:
     import re
 
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _warn(message: str) -> None:
+    """Log a warning, once in a process."""
+    if message not in _warned:
+        import logging
+
+        _warned.add(message)
+        logging.getLogger(__name__).warning(message)
+
+
+def _hosts_code(model_type: str) -> "CodeType | None":
+    """What the host's own module of a name would run, which is not run: read from its source, bytecode or zip.
+
+    None where the host has no such module, shows no code of it (a frozen application), or is not imported yet.
+    """
+    from importlib.machinery import PathFinder
+
+    path = getattr(sys.modules.get(GROUP), "__path__", None)
+    try:
+        spec = PathFinder.find_spec(f"{GROUP}.{model_type}", path) if path else None
+        # A folder without files of Python, which has no location, is no module of the host's.
+        return spec.loader.get_code(spec.name) if spec and spec.has_location else None  # type: ignore[union-attr]
+    except Exception:
+        return None
+
+
+def _is_helper(name: str) -> bool:
+    """Whether the host has a module of this name that is no model, as it defines and imports no such classes."""
+    code = _hosts_code(name)
+    return code is not None and not {"Model", "ModelArgs"} <= {*code.co_names} and ("*",) not in code.co_consts
+
+
+def _host_is_importing() -> bool:
+    """Whether a model module of the host is being executed."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{GROUP}.")]
+    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules)
 
 
 def find() -> object | None:

@@ -230,6 +230,37 @@ def test_unreadable_metadata_is_listed_with_the_reason(fresh):
     assert all("unreadable metadata" in reason for reason in report["skipped"].values())
 
 
+def test_a_claim_on_a_helper_module_of_the_hosts_is_listed_with_the_reason_and_needs_no_remedy(fresh):
+    fresh.add_distribution("rival", CLAIM.replace("qwen3_vl_moe", "base"), {"rival_module": MODEL})
+    report = doctor(fresh)
+    assert report["skipped"] == {
+        "base = rival_module (rival 1.0)": "base is no model type, but a module that mlx-lm's models import"
+    }
+    assert (report["winner"], report["remedy"]) == (OURS, None)
+
+
+def test_distributions_that_cannot_be_listed_are_the_reason_why_the_hosts_own_model_serves(fresh):
+    broken = (
+        "import sys\n"
+        "class Broken:\n"
+        "    def find_spec(self, *_): return None\n"
+        "    def find_distributions(self, *_): raise OSError('no disk')\n"
+        "sys.meta_path.append(Broken())\n"
+    )
+    (fresh.site / "sitecustomize.py").write_text(broken)
+    report = doctor(fresh)
+    assert report["winner"] != OURS
+    assert report["remedy"] == (
+        "mlx-lm's own models serve, as distributions cannot be listed: OSError: no disk: repair what fails there"
+    )
+
+
+def test_a_plugin_that_spoils_what_this_package_builds_on_is_named(fresh):
+    fresh.add_distribution("rival", CLAIM.replace("qwen3_vl_moe", "qwen3_moe"), {"rival_module": MODEL})
+    remedy = doctor(fresh)["remedy"]
+    assert remedy.startswith("qwen3_vl_moe cannot be imported: PluginError: The plug-in qwen3_moe = rival_module")
+
+
 def test_two_claimants_are_a_conflict_which_the_variable_ends(fresh):
     fresh.add_distribution("rival", CLAIM, {"rival_module": MODEL})
     report = doctor(fresh)
