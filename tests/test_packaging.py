@@ -19,20 +19,10 @@ import mlx_lm_qwen3vlmoe
 
 STARTUP = "import mlx_lm_qwen3vlmoe.registry; mlx_lm_qwen3vlmoe.registry.install()\n"
 START = "mlx_lm_qwen3vlmoe.registry:install\n"
-INSTALLED = """\
-mlx_lm_qwen3vlmoe/__init__.py
-mlx_lm_qwen3vlmoe/__main__.py
-mlx_lm_qwen3vlmoe/backend.py
-mlx_lm_qwen3vlmoe/config.py
-mlx_lm_qwen3vlmoe/diagnosis.py
-mlx_lm_qwen3vlmoe/errors.py
-mlx_lm_qwen3vlmoe/inspection.py
-mlx_lm_qwen3vlmoe/model.py
-mlx_lm_qwen3vlmoe/parallel.py
+INSTALLED = [
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "mlx_lm_qwen3vlmoe").rglob("*.py")),
+    *"""\
 mlx_lm_qwen3vlmoe/py.typed
-mlx_lm_qwen3vlmoe/quantization.py
-mlx_lm_qwen3vlmoe/registry.py
-mlx_lm_qwen3vlmoe/sanitize.py
 mlx_lm_qwen3vlmoe_startup.pth
 mlx_lm_qwen3vlmoe_startup.start
 DIST-INFO/METADATA
@@ -40,7 +30,8 @@ DIST-INFO/RECORD
 DIST-INFO/WHEEL
 DIST-INFO/entry_points.txt
 DIST-INFO/licenses/LICENSE
-""".splitlines()
+""".splitlines(),
+]
 ENTRY_POINTS = """[console_scripts]
 mlx-lm-qwen3vlmoe = mlx_lm_qwen3vlmoe.__main__:main
 
