@@ -200,10 +200,10 @@ def _check_packed(path: str, tensors: Weights, shape: tuple[int, ...], parameter
     described = f"by {bits} bits in groups of {group_size}"
     for suffix in sorted(expected.keys() | tensors.keys()):
         if suffix not in tensors or suffix not in expected:
+            wanted, found = ("a tensor", "nothing") if suffix in expected else ("nothing", "a tensor")
             raise CheckpointError(
-                f"{path}.{suffix}: expected {'a tensor' if suffix in expected else 'nothing'} beside the others of its "
-                f"layer, {described}, found {'nothing' if suffix in expected else 'one'}. Is a file missing, or "
-                "quantization in config.json that of another checkpoint?"
+                f"{path}.{suffix}: expected {wanted} beside the others of its layer, {described}, found {found}. "
+                "Is a file missing, or quantization in config.json that of another checkpoint?"
             )
         array, kind = tensors[suffix], mx.uint32 if suffix == "weight" else mx.floating
         if suffix == "scales" and not affine:

@@ -26,6 +26,7 @@ from conftest import CLEAN, ROOT, TINY, run
 from mlx_lm.utils import load_model
 
 import mlx_lm_qwen3vlmoe.backend
+from mlx_lm_qwen3vlmoe import quantization
 
 BIN = Path(sys.executable).parent
 DOCUMENTS = {file.name: file for file in (ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -293,7 +294,7 @@ def templates(files: list[Path]) -> list[str]:
     return [normalized(text) for node in nodes if (text := template(node))]
 
 
-OURS = sorted(Path(mlx_lm_qwen3vlmoe.__file__).parent.glob("*.py"))
+OURS = sorted(Path(mlx_lm_qwen3vlmoe.__file__).parent.rglob("*.py"))
 HOSTS = [
     *sorted(Path(next(iter(mlx_lm.__path__))).glob("*.py")),
     *sorted(Path(next(iter(mlx.__path__))).glob("nn/layers/base.py")),
@@ -329,6 +330,13 @@ def test_every_error_of_this_package_has_an_entry():
     raised = [node.args[0] for node in calls if isinstance(node.func, ast.Name) and node.func.id in ERRORS]
     texts = [normalized(template(message) or "") for message in raised]
     assert [text for text in texts if not any(quote in text for quote in quoted)] == []
+
+
+def test_the_table_of_formats_is_that_of_the_code():
+    """Each family of `quantization` has its rows, in order."""
+    text = DOCUMENTS["checkpoints.md"].read_text().partition("| format | told by the tensors |")[2]
+    found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("\n\n")[0])[1:]
+    assert [tuple(row) for row in found] == [row for family in quantization.FAMILIES for row in family.FORMATS]
 
 
 def test_without_the_plug_in_an_official_config_gives_the_message():

@@ -93,10 +93,9 @@ def tree(path: Path, time: int) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"):
         shutil.copyfile(ROOT / name, path / name)
     for name in ("mlx_lm_qwen3vlmoe", "startup"):
-        (path / name).mkdir()
-        for file in (ROOT / name).iterdir():
-            if file.is_file():
-                shutil.copyfile(file, path / name / file.name)
+        shutil.copytree(
+            ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"), copy_function=shutil.copyfile
+        )
     for file in path.rglob("*"):
         os.utime(file, (time, time))
     return path

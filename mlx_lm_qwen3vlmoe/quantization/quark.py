@@ -23,8 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..fields import check_kinds
+from ..fields import check_kinds, description_error
 from . import fp8
 from .affine import affine
 from .layer import Decoded, Format, Layer
@@ -155,10 +154,7 @@ def _four_bits_by_channel(layer: Layer, scales: mx.array, suffix: str, signed: b
 def _order(layer: Layer) -> tuple[int, ...]:
     method = (layer.settings.get("export") or {}).get("pack_method")
     if method not in ("reorder", "order"):
-        raise CheckpointError(
-            f"quantization_config: export.pack_method: expected 'reorder' or 'order', found {method!r}. "
-            "Take config.json from the original checkpoint."
-        )
+        raise description_error("export.pack_method", "'reorder' or 'order'", method)
     return AWQ if method == "reorder" else PLAIN
 
 
