@@ -11,6 +11,7 @@ from . import quantization
 from .backend import device, planning, takes_global_scale
 from .errors import CheckpointError
 from .names import module_name
+from .packed import check_packed
 from .quantization import Decoded, Layer, Tensors
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Decoder:
     def __call__(self, path: str, tensors: Tensors, lead: tuple[int, ...] = ()) -> Decoded:
         """One layer, or a stack of alike ones with ``lead`` in front; raises `CheckpointError`."""
         if not quantization.is_foreign(tensors):
-            return self._mlx(path, tensors, bool(lead))
+            return self._mlx(path, tensors)
         layer = Layer(
             path,
             tensors,
@@ -50,8 +51,15 @@ class Decoder:
             self._count(tensors, decoded)
         return decoded
 
-    def _mlx(self, path: str, tensors: Tensors, stacked: bool) -> Decoded:
+    def _mlx(self, path: str, tensors: Tensors) -> Decoded:
         """A float layer, or one that MLX packed; the parameters only where the host would not find them."""
+        separate = ".mlp.experts." in path
+        if separate and (unknown := sorted(tensors.keys() - {"weight", "scales", "biases"})):
+            raise CheckpointError(
+                f"{path}.{unknown[0]}: expected experts.gate_up_proj, experts.down_proj or "
+                "experts.<e>.<p>_proj.weight, found a tensor of experts that belongs to nothing. Take the original "
+                "checkpoint."
+            )
         for suffix, array in tensors.items():
             if array is not None and "scales" not in tensors and not mx.issubdtype(array.dtype, mx.floating):
                 raise CheckpointError(  # the host's own tests pass None
@@ -59,16 +67,15 @@ class Decoder:
                     "Take the original checkpoint."
                 )
         entry = self.own.get(module_name(path))
-        if "scales" not in tensors or (entry is None and ".mlp.experts." not in path):
+        if "scales" not in tensors or (entry is None and not separate):
             return Decoded(tensors)
         parameters = entry if isinstance(entry, dict) else self.own
-        if not {"group_size", "bits"} <= parameters.keys():
-            raise CheckpointError(
-                f"{path}.scales: expected group_size and bits in quantization of config.json, found nothing. "
-                "Take config.json from the original checkpoint."
-            )
-        fields = ("group_size", "bits", "mode")
-        return Decoded(tensors, {field: parameters[field] for field in fields if field in parameters})
+        parameters = {field: parameters[field] for field in ("group_size", "bits", "mode") if parameters.get(field)}
+        if separate:  # all others are held against the host's shapes later
+            words = tensors.get("weight", tensors["scales"])
+            inputs = words.shape[-1] * 32 // parameters.get("bits", 32) if words.ndim else 0
+            check_packed(path, tensors, (*words.shape[:-1], inputs), parameters)
+        return Decoded(tensors, parameters)
 
     def describes_alike(self, paths: list[str]) -> bool:
         """Whether the description says the same of these layers."""

@@ -191,8 +191,9 @@ class Model(nn.Module):
         if strict and isinstance(file_or_weights, list):
             found = {name for name, _ in file_or_weights}
             if missing := [name for name in dict(tree_flatten(self.parameters())) if name not in found]:
+                names = ", ".join(missing[:5])
                 raise CheckpointError(
-                    f"{missing[0]}: expected in a complete checkpoint, found nothing ({len(missing)} are missing). "
+                    f"{names}: expected in a complete checkpoint, found nothing ({len(missing)} are missing). "
                     "Is a file of the checkpoint missing, or num_hidden_layers wrong in config.json?"
                 )
         return super().load_weights(file_or_weights, strict=strict)

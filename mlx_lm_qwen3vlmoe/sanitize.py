@@ -31,6 +31,7 @@ from .description import record_quantization
 from .errors import CheckpointError, MissingTensorError
 from .experts import Layers, gather
 from .names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened
+from .packed import check_packed, shape_error
 from .quantization import Decoded, Parameters
 
 Weights = dict[str, mx.array]
@@ -174,47 +175,10 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantizat
         expected = shapes[f"{path}.weight"]
         if "scales" in tensors:
             entry = quantization.get(path)
-            _check_packed(path, tensors, expected, entry if isinstance(entry, dict) else quantization)
+            check_packed(path, tensors, expected, entry if isinstance(entry, dict) else quantization)
             continue
         for suffix, array in tensors.items():
             if array is None:  # names alone, as in the host's tests
                 continue
             if suffix != "weight" or array.shape != expected or not mx.issubdtype(array.dtype, mx.floating):
-                raise _shape_error(f"{path}.{suffix}", "floats of the shape", expected, array)
-
-
-def _check_packed(path: str, tensors: Weights, shape: tuple[int, ...], parameters: dict[str, Any]) -> None:
-    *rows, inputs = shape
-    bits, group_size = parameters.get("bits"), parameters.get("group_size")
-    if not bits or not group_size:
-        raise CheckpointError(
-            f"{path}.scales: expected group_size and bits in quantization of config.json, found none. Take config.json "
-            "from the original checkpoint."
-        )
-    affine = parameters.get("mode", "affine") == "affine"
-    expected = {"weight": [*rows, inputs * bits // 32], "scales": [*rows, inputs // group_size]}
-    if affine:
-        expected["biases"] = expected["scales"]
-    if "global_scale" in tensors:
-        expected["global_scale"] = rows[:-1]
-    described = f"by {bits} bits in groups of {group_size}"
-    for suffix in sorted(expected.keys() | tensors.keys()):
-        if suffix not in tensors or suffix not in expected:
-            wanted, found = ("a tensor", "nothing") if suffix in expected else ("nothing", "a tensor")
-            raise CheckpointError(
-                f"{path}.{suffix}: expected {wanted} beside the others of its layer, {described}, found {found}. "
-                "Is a file missing, or quantization in config.json that of another checkpoint?"
-            )
-        array, kind = tensors[suffix], mx.uint32 if suffix == "weight" else mx.floating
-        if suffix == "scales" and not affine:
-            kind = mx.uint8
-        fits = mx.issubdtype(array.dtype, kind) if kind == mx.floating else array.dtype == kind
-        if not fits or list(array.shape) != expected[suffix] or inputs * bits % 32 or inputs % group_size:
-            raise _shape_error(f"{path}.{suffix}", f"{expected[suffix]}, {described} of", shape, array)
-
-
-def _shape_error(name: str, expected: str, shape: tuple[int, ...], found: mx.array) -> CheckpointError:
-    return CheckpointError(
-        f"{name}: expected {expected} {list(shape)}, found {found.dtype} {list(found.shape)}. Are the sizes in "
-        "config.json those of this checkpoint, and is no file of it missing?"
-    )
+                raise shape_error(f"{path}.{suffix}", "floats of the shape", expected, array)

@@ -415,8 +415,8 @@ FOUND_TWO = "found two"
         ),
         pytest.param(
             "awq-g32-bf16",
-            quantization(quant_method="hqq"),
-            ["quant_method", "awq, compressed-tensors, fp8, gptq, modelopt", "'hqq'", "mlx_lm.convert -q"],
+            quantization(quant_method="sinq"),
+            ["quant_method", "awq, ", "compressed-tensors, fp8, gptq, ", "'sinq'", "mlx_lm.convert -q"],
             id="unknown-method",
         ),
         pytest.param("awq-g32-bf16", quantization(quant_method=None), ["quant_method", "None"], id="no-method"),

@@ -63,7 +63,7 @@ def decode(layer: Layer) -> Decoded:
     if layer.has("qweight"):
         if packing in ("awq", "auto_awq"):
             return awq.words_along_outputs(layer)
-        if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or "packing_format" not in layer.settings:
+        if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or layer.settings.get("packing_format") is None:
             raise _unknown(layer, "qweight", "auto_round, auto_round:auto_gptq, …:gptqmodel or …:auto_awq")
         return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"))
     if layer.has("weight_packed"):
@@ -71,6 +71,8 @@ def decode(layer: Layer) -> Decoded:
             return _mxint4(layer)
         if packing == "llm_compressor_nvfp4_e5m3":
             codes, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 2)
+            if scales.dtype != mx.uint8:
+                raise layer.error("weight_scale", "e5m3 (uint8)", scales.dtype)
             return fp4_in_groups(layer, codes, e5m3(scales), "NVFP4 with E5M3 scales")
         if packing != "llm_compressor" or kind[:5] not in ("mx_fp", "nv_fp"):
             raise _unknown(layer, "weight_packed", "auto_round:llm_compressor")

@@ -101,6 +101,8 @@ def _eight_bits(layer: Layer, signed: bool) -> Decoded:
     words = (weight.astype(mx.int32) + offset).astype(mx.uint8).view(mx.uint32)
     scales = _column(layer, "weight_scale", scales, outputs)
     if zeros is None:
+        if layer.settings["stages"][0].get("symmetric") is not True:
+            layer.take("weight_zero_point")
         zeros = mx.zeros(scales.shape, mx.int32)
     else:
         zeros = _column(layer, "weight_zero_point", zeros.astype(mx.int32), outputs)
@@ -108,8 +110,9 @@ def _eight_bits(layer: Layer, signed: bool) -> Decoded:
 
 
 def _column(layer: Layer, suffix: str, array: mx.array, outputs: int) -> mx.array:
-    """``[]``, ``[1]`` or ``[out]`` → ``[out, 1]``."""
-    layer.check(suffix, array, (), (1,), (outputs,))
+    """``[out]`` per channel, ``[]`` or ``[1]`` per tensor → ``[out, 1]``."""
+    channels = layer.settings["stages"][0].get("qscheme") == "per_channel"
+    layer.check(suffix, array, *([(outputs,)] if channels else [(), (1,)]))
     return mx.broadcast_to(array.reshape(*layer.lead, -1, 1), (*layer.lead, outputs, 1))
 
 
