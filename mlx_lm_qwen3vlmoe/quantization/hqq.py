@@ -10,8 +10,8 @@ the first in the highest bits:
 | uint8 ``[rows / 2, …]``, ``/ 4, …``  | 4, or 2 and 1.58; ``/ 8`` would be 1              |
 | int32 ``[⌈rows / 10⌉, …]``           | 3, the last ones padded                           |
 
-``shape`` is checked against the config; what the tensors beside it say (``nbits``, ``axis``, ``group_size``), the
-shapes tell as well. Source: ``core/quantize.py`` and ``core/bitpack.py`` of HQQ 0.2.8.
+``shape``, ``nbits``, ``axis`` and ``group_size`` only repeat what the config and the shapes tell. Source:
+``core/quantize.py`` and ``core/bitpack.py`` of HQQ 0.2.8.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ FORMATS = (
     Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
     Format("HQQ along the other axis", "the same, with `axis` 0", "float", "16 bits"),
 )
-_DESCRIPTION = (
-    *("axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size", "nbits", "offload_meta", "optimize"),
-    *("packing", "quant_scale", "quant_zero", "round_zero", "stores_quant_config", "unpack_view_dtype"),
-    "view_as_float",
+_STORED_AS = {8: (8, 6, 5), 4: (4,), 3: (3,), 2: (2, 1.58)}
+_NUMBERS = ("shape", "axis", "group_size", "nbits")
+_OF_NO_USE = (
+    *("channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "packing", "quant_scale"),
+    *("quant_zero", "round_zero", "stores_quant_config", "unpack_view_dtype", "view_as_float"),
 )
 
 
 def decode(layer: Layer) -> Decoded:
     outputs, inputs = layer.single("W_q")
-    for suffix in _DESCRIPTION:
-        layer.tensors.pop(suffix, None)
+    described = {suffix: layer.tensors.pop(suffix, None) for suffix in (*_NUMBERS, *_OF_NO_USE)}
     codes, scales, zeros = layer.take("W_q", 2), layer.floats("scale", 2), layer.floats("zero", 2)
-    _check_shape(layer, [outputs, inputs])
     size, groups = outputs * inputs, scales.size
     group, rest = divmod(size, groups)
     along = layer.shape(scales) == (groups, 1)  # axis 1
@@ -55,6 +54,8 @@ def decode(layer: Layer) -> Decoded:
     if along and groups == 1 and layer.shape(codes)[1] == 1:  # one group is either
         along = False
     values, bits = _unpacked(layer, codes, (groups, group) if along else (group, groups))
+    if not layer.planning:
+        _check_described(layer, described, [outputs, inputs], 1 if along else 0, group, bits)
     step = math.gcd(group, inputs)
     if along and step % 32 == 0:
         words = pack(values.reshape(outputs, inputs), bits)
@@ -88,10 +89,16 @@ def _unpacked(layer: Layer, codes: mx.array, shape: tuple[int, int]) -> tuple[mx
     return mx.concatenate(planes), bits
 
 
-def _check_shape(layer: Layer, expected: list[int]) -> None:
-    stored = layer.take_optional("shape", 1)
-    if stored is None or layer.planning:
-        return
-    found: Any = stored.tolist() if stored.size == 2 else list(stored.shape)
-    if found != expected:
-        raise layer.error("shape", str(expected), found)
+def _check_described(
+    layer: Layer, described: dict[str, Any], shape: list[int], axis: int, group: int, bits: int
+) -> None:
+    """What the layer says of itself, in a few numbers, is what its shapes tell."""
+    fitting = {"shape": (shape,), "axis": (axis,), "group_size": (group,), "nbits": _STORED_AS[bits]}
+    for suffix, values in fitting.items():
+        array = described[suffix]
+        if array is None:
+            continue
+        found = array.tolist() if array.size <= 2 else list(array.shape)
+        found = round(found, 2) if isinstance(found, float) else found
+        if found not in values:
+            raise layer.error(suffix, f"{' or '.join(map(str, values))}, by the shape of W_q and config.json", found)

@@ -7,7 +7,7 @@
 | `Float8Tensor`             | e4m3                            | as `fp8` has it        | ``e4m3 * s``               |
 
 ``_weight_zero_point``, in int8 or floats, has the shape of the scale; `Int8Tensor` may lack it. The class is in the
-file's metadata, which the host's reader does not hand on: the bits are those of ``weight_dtype`` in ``quant_type``, else
+file's metadata, which the host's reader does not hand on: the bits are those of ``weight_dtype`` in ``quant_type``, or
 8, which holds them all. Its other classes are of GPUs. Source: ``quantization/quantize_/workflows`` of torchao 0.18.
 """
 
@@ -37,16 +37,42 @@ def decode(layer: Layer) -> Decoded:
     for suffix in _OF_ACTIVATIONS:
         layer.tensors.pop(suffix, None)
     codes = layer.take("_weight_qdata", 2)
-    if codes.dtype == mx.int8:
-        return _integers(layer, codes)
-    if codes.dtype != loaded_e4m3():
+    if codes.dtype not in (mx.int8, loaded_e4m3()):
         raise layer.error("_weight_qdata", "int8 or e4m3 (of Int8Tensor, IntxUnpackedToInt8Tensor)", codes.dtype)
+    config = _within(layer.settings.get("quant_type"), "default")
+    kind = re.search("(Int8|Intx|Float8)Weight", str(_within(config, "_type")))
+    if kind and (kind[1] == "Float8") != (codes.dtype != mx.int8):
+        raise layer.error("_weight_qdata", f"{kind[1]}, by quant_type", codes.dtype)
+    config = _within(config, "_data")
+    if layer.has("_weight_scale"):
+        _check_granularity(layer, codes, _within(config, "granularity"))
+    if codes.dtype == mx.int8:
+        return _integers(layer, codes, _bits(_within(config, "weight_dtype", "_data")))
     if layer.has("_weight_scale", mx.uint8):
         raise layer.error("_weight_scale", "floats", mx.uint8)
     return fp8.scaled(layer, codes, "_weight_scale", None)
 
 
-def _integers(layer: Layer, codes: mx.array) -> Decoded:
+def _within(description: Any, *fields: str) -> Any:
+    """A nested field; None where there is none: a description may also be one for each name, and says nothing here."""
+    for field in fields:
+        description = description.get(field) if isinstance(description, dict) else None
+    return description
+
+
+def _check_granularity(layer: Layer, codes: mx.array, granularity: Any) -> None:
+    """There are as many scales as the description says."""
+    if isinstance(granularity, list) and granularity:  # that of activations, then that of the weight
+        granularity = granularity[-1]
+    outputs, inputs = layer.shape(codes)
+    kind, size = _within(granularity, "_type"), _within(granularity, "_data", "group_size")
+    if kind == "PerGroup" and type(size) is int and size > 0:
+        layer.check("_weight_scale", layer.tensors["_weight_scale"], (outputs, inputs // size))
+    elif kind in ("PerRow", "PerAxis"):
+        layer.check("_weight_scale", layer.tensors["_weight_scale"], (outputs, 1))
+
+
+def _integers(layer: Layer, codes: mx.array, bits: int) -> Decoded:
     scales = layer.floats("_weight_scale", 2)
     zeros = layer.take_optional("_weight_zero_point", 2)
     outputs, inputs = layer.shape(codes)
@@ -58,14 +84,11 @@ def _integers(layer: Layer, codes: mx.array) -> Decoded:
         if zeros.dtype != mx.int8 and not mx.issubdtype(zeros.dtype, mx.floating):
             raise layer.error("_weight_zero_point", "int8 or floats", zeros.dtype)
         zeros = mx.broadcast_to(zeros, (*layer.lead, outputs, groups))
-    return signed(layer, codes, mx.broadcast_to(scales, (*layer.lead, outputs, groups)), zeros, _bits(layer.settings))
+    return signed(layer, codes, mx.broadcast_to(scales, (*layer.lead, outputs, groups)), zeros, bits)
 
 
-def _bits(settings: dict[str, Any]) -> int:
-    """Of ``{"default": {"_data": {"weight_dtype": {"_data": "int4"}}}}``, as many as MLX has; else 8."""
-    found: Any = settings.get("quant_type")
-    for field in ("default", "_data", "weight_dtype", "_data"):
-        found = found.get(field) if isinstance(found, dict) else None
-    match = re.fullmatch("int([1-8])", str(found))
+def _bits(dtype: Any) -> int:
+    """Of ``int1`` to ``int8``, as many as MLX has; where nothing is said, 8."""
+    match = re.fullmatch("int([1-8])", str(dtype))
     bits = max(int(match[1]), 2) if match else 8
     return bits if bits in BITS else 8
