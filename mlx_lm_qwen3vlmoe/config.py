@@ -174,6 +174,28 @@ def _name_dtype(config: dict[str, Any], text: dict[str, Any]) -> None:
         text["dtype"] = config["torch_dtype"] = dtype
 
 
+def linear_shape(path: str, text: dict[str, Any]) -> tuple[int, int] | None:
+    """``(out, in)`` of a layer by its path, from the normalized text config; None for what is no matrix of the host's.
+
+    Some tools store weights flat, so that only the config can tell their shape before any value is read.
+    """
+    hidden, head, vocabulary = text["hidden_size"], text["head_dim"], text["vocab_size"]
+    queries, keys = head * text["num_attention_heads"], head * text["num_key_value_heads"]
+    width = text["moe_intermediate_size" if ".experts." in path else "intermediate_size"]
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate": (text["num_experts"], hidden),
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+        "embed_tokens": (vocabulary, hidden),
+        "lm_head": (vocabulary, hidden),
+    }.get(path.rpartition(".")[2])
+
+
 def tied(config: dict[str, Any]) -> bool | None:
     """Whether a config says that the output head, where none is stored, is the embedding matrix; None: it says nothing.
 

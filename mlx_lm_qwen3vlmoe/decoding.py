@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from . import quantization
 from .backend import device, planning, takes_global_scale
+from .config import linear_shape
 from .errors import CheckpointError
 from .names import module_name
 from .packed import check_packed
@@ -23,13 +24,13 @@ class Decoder:
     Args:
         description: how another tool quantized the checkpoint, see `mlx_lm_qwen3vlmoe.quantization.describe`.
         own: MLX's own description, ``config["quantization"]``.
-        dtype: of the checkpoint, by its config.
+        text: the text config, for the sizes of the layers and the checkpoint's dtype.
     """
 
-    def __init__(self, description: dict[str, Any], own: dict[str, Any], dtype: str | None):
-        self.description, self.own = description, own
+    def __init__(self, description: dict[str, Any], own: dict[str, Any], text: dict[str, Any]):
+        self.description, self.own, self.text = description, own, text
         # On the CPU float32: experts must be, and so is then all that follows.
-        self.dtype: mx.Dtype = mx.float32 if device() == mx.cpu else getattr(mx, dtype or "bfloat16")
+        self.dtype: mx.Dtype = mx.float32 if device() == mx.cpu else getattr(mx, text.get("dtype") or "bfloat16")
         self._reasons: dict[str, None] = {}
         self._before = self._after = 0
 
@@ -45,6 +46,7 @@ class Decoder:
             lead,
             takes_global_scale() and ".mlp.experts." in path,
             planning(),
+            linear_shape(path, self.text),
         )
         decoded = quantization.decode(layer)
         if decoded.why_float:

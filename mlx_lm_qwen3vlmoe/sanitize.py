@@ -103,7 +103,7 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
     A layer without all of its tensors is an error in a complete checkpoint. In a part of one (a stage of a pipeline
     reads files, which end in the middle of a layer) it is left out.
     """
-    decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config.get("dtype"))
+    decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config)
     others, found = gather(layers)
     decoded: dict[str, Decoded] = {}
     excused = () if complete else (MissingTensorError,)

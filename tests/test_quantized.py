@@ -22,11 +22,12 @@ from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
 from mlx_lm_qwen3vlmoe.quantization import numbers, packing
 
 NAMES = sorted(path.parent.name for path in QUANTIZED.glob("*/golden.safetensors"))
-# Formats that MLX can only express in float: FP8, NVFP4 (on the CPU) and act-order GPTQ.
+# What MLX can only express in float: FP8, NVFP4 (on the CPU), act-order, tables, groups of 16 or of no neighbors.
 FLOAT = [
     name
     for name in NAMES
-    if ("fp8" in name and "mx" not in name and "ue8m0" not in name) or "nvfp4" in name or "actorder" in name
+    if ("fp8" in name and "mx" not in name and "ue8m0" not in name)
+    or any(word in name for word in ("nvfp4", "actorder", "nf4", "bnb-fp4", "float8", "axis0", "metal-q4-g16"))
 ]
 PACKED = [name for name in NAMES if name not in FLOAT]
 

@@ -11,7 +11,8 @@ words in `packing`. A family has
 - ``settings(config, name)``, if the description has fields for single layers;
 - ``decode(layer)``: the tensors of one layer, or of a stack of alike ones, as MLX's.
 
-Nothing is evaluated, but for the order of inputs in act-order (see `gptq.group_order`).
+Nothing is evaluated, but for the order of inputs in act-order (see `gptq.group_order`) and the few bytes in which
+bitsandbytes and HQQ describe a layer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..fields import check_kinds
-from . import auto_round, awq, compressed_tensors, fp8, gptq, modelopt, quark
+from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
 from .affine import common, dequantize
 from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors
 
@@ -44,7 +45,9 @@ __all__ = [
     "title",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (auto_round, awq, compressed_tensors, fp8, gptq, modelopt, quark)
+FAMILIES: tuple[ModuleType, ...] = (
+    *(auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao),
+)
 _BY_METHOD = {method: family for family in FAMILIES for method in family.METHODS}
 _FOREIGN = IGNORED.union(*(family.TENSORS for family in FAMILIES))
 # What tells the family where there is no description.

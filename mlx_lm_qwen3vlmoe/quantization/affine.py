@@ -62,6 +62,25 @@ def affine(
     return Decoded({"weight": words, "scales": scales, "biases": biases}, {"group_size": group, "bits": bits})
 
 
+def signed(
+    layer: Layer,
+    codes: mx.array,
+    scales: mx.array,
+    zeros: mx.array | None = None,
+    bits: int = 8,
+    group_size: int | None = None,
+) -> Decoded:
+    """``w = scales * (q - zeros)``, where ``q`` is in two's complement: ``[…, out, in]`` int8, of so many bits."""
+    inputs, middle = codes.shape[-1], 2 ** (bits - 1)
+    if inputs % 32:
+        raise layer.error("weight", "a multiple of 32 inputs", inputs)
+    unsigned = (codes.view(mx.uint8) + middle) & (2**bits - 1)
+    words = unsigned.view(mx.uint32) if bits == 8 else pack(unsigned, bits)
+    if zeros is None and scales.dtype == mx.float32:  # which is not to be rounded
+        zeros = mx.zeros(scales.shape)
+    return affine(layer, words, scales, None if zeros is None else zeros.astype(mx.float32) + middle, bits, group_size)
+
+
 def ungrouped(
     layer: Layer, words: mx.array, scales: mx.array, zeros: mx.array | None, bits: int, order: mx.array, why: str
 ) -> Decoded:

@@ -57,6 +57,7 @@ class Layer:
             ``lead + shape``. Formulas work along the last two axes, so that one serves both.
         takes_global_scale: whether the host's layer can hold NVFP4's second scale.
         planning: whether the tensors have no values yet (`inspect` reads headers only).
+        host_shape: ``(out, in)`` by the config; None where the host has no such layer.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Layer:
         lead: tuple[int, ...] = (),
         takes_global_scale: bool = False,
         planning: bool = False,
+        host_shape: tuple[int, int] | None = None,
     ):
         self.name, self.settings, self.dtype = name, settings, dtype
         self.tensors = {suffix: array for suffix, array in tensors.items() if suffix not in IGNORED}
         self.lead, self.takes_global_scale, self.planning = lead, takes_global_scale, planning
+        self.host_shape = host_shape
 
     def error(self, suffix: str, expected: str, found: object) -> CheckpointError:
         return CheckpointError(
@@ -89,6 +92,12 @@ class Layer:
     def shape(self, array: mx.array) -> tuple[int, ...]:
         """The shape of one layer's tensor."""
         return array.shape[len(self.lead) :]
+
+    def single(self, suffix: str) -> tuple[int, int]:
+        """``(out, in)`` by the config, for a format whose tensors are flat, and of which there are no stacks."""
+        if self.lead or self.host_shape is None:
+            raise self.error(suffix, "a linear layer outside of the experts", "another")
+        return self.host_shape
 
     def has(self, suffix: str, *dtypes: mx.Dtype) -> bool:
         """Whether there is such a tensor, of one of these dtypes if any are named."""
