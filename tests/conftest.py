@@ -82,6 +82,46 @@ def wheel(tmp_path_factory) -> Path:
     return build("wheel", tmp_path_factory.mktemp("wheel"))
 
 
+UNCHANGED_HOST = """
+import json, pathlib, sys, mlx.core as mx
+from mlx_lm.utils import load_model
+for line in sys.stdin:
+    checkpoint, golden = json.loads(line)
+    try:
+        model, _ = load_model(pathlib.Path(checkpoint), lazy=True)
+        assert type(model).__module__ == "mlx_lm.models.qwen3_vl_moe", type(model)
+        model.set_dtype(mx.float32)
+        golden = mx.load(golden)
+        error = mx.abs(model(golden["ids"]) - golden["logits"]).max() / mx.abs(golden["logits"]).max()
+        print(json.dumps(error.item()), flush=True)
+    except Exception as e:
+        print(json.dumps(repr(e)), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def error_in_the_unchanged_host():
+    """A checkpoint and a golden → the relative error of the logits, in one process without plug-ins for all tests."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNCHANGED_HOST],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=CLEAN | {"MLX_LM_PLUGINS": "0"},
+    )
+
+    def error(checkpoint: Path, golden: Path) -> float:
+        process.stdin.write(json.dumps([str(checkpoint), str(golden)]) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        assert isinstance(answer, float), answer
+        return answer
+
+    yield error
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
 @pytest.fixture(scope="session")
 def tiny_questions() -> list[dict[str, str]]:
     """What the tiny model was trained to answer word for word."""

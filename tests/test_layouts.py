@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, OURS, run
+from conftest import FIXTURES, OURS
 from mlx_lm.utils import load_model
 
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.safetensors"))
@@ -59,29 +58,14 @@ def test_input_embeddings_stand_in_for_token_ids():
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "yarn"])
-def test_what_convert_saves_gives_the_same_logits_in_the_unchanged_host(name, tmp_path):
+def test_what_convert_saves_gives_the_same_logits_in_the_unchanged_host(name, tmp_path, error_in_the_unchanged_host):
     """The whole way: load, normalize, save as mlx-lm does, load with MLX_LM_PLUGINS=0 in another process."""
     from mlx_lm.utils import save_config, save_model
 
     model, config = load(name)
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
-    shutil.copy(FIXTURES / name / "golden.safetensors", tmp_path)
-    done = run(
-        sys.executable,
-        "-c",
-        "import sys, pathlib, mlx.core as mx\n"
-        "from mlx_lm.utils import load_model\n"
-        "path = pathlib.Path(sys.argv[1]); model, _ = load_model(path)\n"
-        "golden = mx.load(str(path / 'golden.safetensors')); found = model(golden['ids'])\n"
-        "error = mx.abs(found - golden['logits']).max() / mx.abs(golden['logits']).max()\n"
-        "print(type(model).__module__, error.item())",
-        tmp_path,
-        env={"MLX_LM_PLUGINS": "0"},
-    )
-    module, error = done.stdout.split()
-    assert module == "mlx_lm.models.qwen3_vl_moe"
-    assert float(error) < TOLERANCE
+    assert error_in_the_unchanged_host(tmp_path, FIXTURES / name / "golden.safetensors") < TOLERANCE
 
 
 def test_a_saved_config_is_normalized_once(tmp_path):

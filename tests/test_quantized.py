@@ -282,28 +282,14 @@ def test_an_unknown_description_is_refused(description, message):
         ModelArgs.from_dict(config)
 
 
-IN_THE_UNCHANGED_HOST = """
-import json, sys, pathlib, mlx.core as mx
-from mlx_lm.utils import load_model
-path = pathlib.Path(sys.argv[1]); model, _ = load_model(path, lazy=True)
-model.set_dtype(mx.float32)
-golden = mx.load(sys.argv[2]); found = model(golden["ids"])
-print(type(model).__module__, (mx.abs(found - golden["logits"]).max() / mx.abs(golden["logits"]).max()).item())
-"""
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_path):
+def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_path, error_in_the_unchanged_host):
     from mlx_lm.utils import save_config, save_model
 
     model, config = load(QUANTIZED / name)
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
-    expected = QUANTIZED / name / "golden.safetensors"
-    done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path, expected, env={"MLX_LM_PLUGINS": "0"})
-    module, error = done.stdout.split()
-    assert module == "mlx_lm.models.qwen3_vl_moe"
-    assert float(error) < 1e-4
+    assert error_in_the_unchanged_host(tmp_path, QUANTIZED / name / "golden.safetensors") < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -316,16 +302,15 @@ def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_pat
         ("fp8-fused-official", []),
     ],
 )
-def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, options, tmp_path):
+def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, options, tmp_path, error_in_the_unchanged_host):
     """The real command, which casts to the checkpoint's dtype: exact zero points come through."""
     source = tmp_path / "source"
     shutil.copytree(QUANTIZED / name, source, ignore=shutil.ignore_patterns("golden*"))
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         shutil.copy(ROOT / "examples" / "tiny-qwen3-vl-moe" / file, source)
     run(Path(sys.executable).parent / "mlx_lm.convert", "--hf-path", source, "--mlx-path", tmp_path / "out", *options)
-    expected = QUANTIZED / name / "golden.safetensors"
-    done = run(sys.executable, "-c", IN_THE_UNCHANGED_HOST, tmp_path / "out", expected, env={"MLX_LM_PLUGINS": "0"})
-    assert float(done.stdout.split()[1]) < (0.01 if name in FLOAT else 1e-4)  # bfloat16 rounds a float weight
+    error = error_in_the_unchanged_host(tmp_path / "out", QUANTIZED / name / "golden.safetensors")
+    assert error < (0.01 if name in FLOAT else 1e-4)  # bfloat16 rounds a float weight
 
 
 @pytest.mark.parametrize("name", ["awq-g32-bf16", "gptq-w4-sym", "ct-mxfp4"])
