@@ -67,6 +67,11 @@ class Experts:
                     "it. Correct num_experts in config.json."
                 )
 
+    def in_out(self, sizes: dict[str, Any]) -> bool | None:
+        """How fused experts are stored; None for others, or where one of the two tensors is not there."""
+        fused = len(self.fused) == 2 and all("weight" in tensors for tensors in self.fused.values())
+        return orientation(self.mlp, self.fused, sizes) if fused else None
+
     def decoded(self, sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
         """``gate_proj``, ``up_proj`` and ``down_proj``, stacked as the host has them."""
         if missing := self._first_missing(sizes["num_experts"]):
@@ -104,6 +109,21 @@ def gather(layers: Layers) -> tuple[Layers, list[Experts]]:
     return others, list(found.values())
 
 
+def check_orientations(found: list[Experts], sizes: dict[str, Any]) -> None:
+    """Where one tensor of each layer is square, the layers have to agree on the other: it may have been reshaped."""
+    if sizes["hidden_size"] not in (sizes["moe_intermediate_size"], 2 * sizes["moe_intermediate_size"]):
+        return
+    first: dict[bool, str] = {}
+    for experts in found:
+        if (in_out := experts.in_out(sizes)) is not None:
+            first.setdefault(in_out, experts.mlp)
+    if len(first) > 1:
+        raise CheckpointError(
+            f"{first[True]}.experts, {first[False]}.experts: expected one orientation in all layers, found [experts, "
+            "in, out] and [experts, out, in]. Take the original checkpoint."
+        )
+
+
 def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
     """Cut a layer's fused experts into gate, up and down, each ``[E, out, in]``.
 
@@ -114,23 +134,23 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
     keeps ``[out, in]``, as in every linear layer, and multiplies by the transpose, so the last two axes change places.
     transformers ≥ 5.2 stores ``[out, in]`` like the host: its halves lie on the axis before, and no axis moves.
     """
-    e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
-    in_out = orientation(mlp, fused, {"gate_up_proj": (e, h, 2 * i), "down_proj": (e, i, h)})
+    e = sizes["num_experts"]
+    in_out = orientation(mlp, fused, sizes)
     parts: dict[str, Decoded] = {}
     for name, tensors in fused.items():
-        path, axis = f"{mlp}.experts.{name}", -1 if in_out[name] else -2
+        path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
         tensors = {s: mx.broadcast_to(a.reshape(1, 1, 1), (e, 1, 1)) if a.size == 1 else a for s, a in tensors.items()}
         if name == "down_proj":
-            parts[name] = _oriented(decode(path, tensors, (e,)), in_out[name])
+            parts[name] = _oriented(decode(path, tensors, (e,)), in_out)
         # Codes are cut before they are decoded: what waits for the other half is then small.
         elif pair := halves(tensors, axis, decode.settings(path)):
             for projection, half in zip(("gate_proj", "up_proj"), pair, strict=True):
-                parts[projection] = _oriented(decode(path, half, (e,)), in_out[name])
+                parts[projection] = _oriented(decode(path, half, (e,)), in_out)
         else:
             whole = decode(path, tensors, (e,))
             cut = mx.split(whole.tensors["weight"], 2, axis)
             for projection, weight in zip(("gate_proj", "up_proj"), cut, strict=True):
-                parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out[name])
+                parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out)
     return parts
 
 
@@ -139,15 +159,16 @@ def _oriented(decoded: Decoded, in_out: bool) -> Decoded:
     return decoded._replace(tensors={"weight": as_out_in(weight)}) if in_out else decoded
 
 
-def orientation(mlp: str, fused: Layers, shapes: dict[str, tuple[int, ...]]) -> dict[str, bool]:
-    """Whether each fused tensor is stored as ``[E, in, out]``, its shape in ``shapes``, or with the axes swapped.
+def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
+    """Whether fused experts are stored as ``[E, in, out]``, or with the axes swapped.
 
     Only the shape tells. H = 2I makes one tensor square, H = I the other: one always tells for both, which is also how
     transformers 5 reads what it saved of an official checkpoint with a square tensor, whose axes it leaves alone. Two
     tensors that contradict each other are nobody's.
     """
+    e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
     found: dict[str, bool | None] = {}
-    for name, shape in shapes.items():
+    for name, shape in (("gate_up_proj", (e, h, 2 * i)), ("down_proj", (e, i, h))):
         swapped = (*shape[:-2], shape[-1], shape[-2])
         stored = fused[name]["weight"].shape
         if stored not in (shape, swapped):
@@ -164,8 +185,7 @@ def orientation(mlp: str, fused: Layers, shapes: dict[str, tuple[int, ...]]) -> 
             f"out, in], found {list(fused['gate_up_proj']['weight'].shape)} and "
             f"{list(fused['down_proj']['weight'].shape)}. Take the original checkpoint."
         )
-    (in_out,) = set(told.values())
-    return dict.fromkeys(shapes, in_out)
+    return next(iter(told.values()))
 
 
 def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[str, Any], decode: Decoder) -> Decoded:

@@ -29,7 +29,7 @@ from .config import ModelArgs
 from .decoding import Decoder
 from .description import record_quantization
 from .errors import CheckpointError, MissingTensorError
-from .experts import Layers, gather
+from .experts import Layers, check_orientations, gather
 from .names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened
 from .packed import check_packed, shape_error
 from .quantization import Decoded, Parameters
@@ -105,6 +105,7 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
     """
     decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config)
     others, found = gather(layers)
+    check_orientations(found, args.text_config)
     decoded: dict[str, Decoded] = {}
     excused = () if complete else (MissingTensorError,)
     for path, tensors in others.items():

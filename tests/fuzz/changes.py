@@ -61,6 +61,8 @@ MEANINGS = {
 
 def meaning(path: tuple[Any, ...], value: Any) -> str:
     """The excuse for a field's new value (None: gone), if it has one."""
+    if "quantization_config" in path and (described := [name for name in path if name in DESCRIBED]):
+        return DESCRIBED[described[-1]]
     names = [name for name in path if name in MEANINGS]
     if not names or path[1:2] == ("vision_config",):
         return ""
@@ -76,6 +78,16 @@ def meaning(path: tuple[Any, ...], value: Any) -> str:
         good = good or (isinstance(value, list) and field in ("weight_block_size", "block_structure"))
     return MEANINGS[field] if good else ""
 
+
+# The same of ``quantization_config``: what only the description can tell.
+DESCRIBED = {
+    "packing_format": "AutoRound's formats differ only in the zero points, or numbers, that the words mean",
+    "data_type": "AutoRound's MXFP4 and MXINT4 look alike",
+    "pack_method": "the order of the numbers in a word",
+    "layer_quant_config": "Quark's types of one width look alike",
+    "global_quant_config": "the same",
+    "quant_type": "torchao's integers of 4 and 8 bits look alike",
+}
 
 _CLASSES = {"F32": "float", "F16": "float", "BF16": "float", "U32": "I32", "F8_E4M3": "U8", "F8_E8M0": "U8"}
 
