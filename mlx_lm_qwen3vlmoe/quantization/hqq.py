@@ -35,7 +35,7 @@ _OF_NO_USE = (
 TENSORS = {"W_q", "scale", "zero", *_NUMBERS, *_OF_NO_USE}
 FORMATS = (
     Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
-    Format("HQQ along the other axis", "the same, with `axis` 0", "float", "16 bits"),
+    Format("HQQ along the other axis, or in groups of 8 or 16", "the same, with `axis` 0", "float", "16 bits"),
 )
 _STORED_AS = {8: (8, 6, 5), 4: (4,), 3: (3,), 2: (2, 1.58)}
 
