@@ -12,6 +12,7 @@ from mlx_lm.utils import load_config
 
 from mlx_lm_qwen3vlmoe import CheckpointError, ModelArgs, quantization
 from mlx_lm_qwen3vlmoe.config import linear_shape
+from mlx_lm_qwen3vlmoe.errors import MissingTensorError
 from mlx_lm_qwen3vlmoe.inspection import inspect
 from mlx_lm_qwen3vlmoe.model import Model
 
@@ -96,10 +97,27 @@ def test_four_bits_of_bitsandbytes_that_contradict_each_other_are_refused(change
         decode(tensors, (6, 32), quant_method="bitsandbytes")
 
 
-@pytest.mark.parametrize("fields", [{"shape": [32, 6]}, {"shape": None}, {"blocksize": 0}, {"blocksize": "64"}])
+@pytest.mark.parametrize("fields", [{"shape": [32, 6]}, {"blocksize": 0}, {"blocksize": "64"}])
 def test_what_bitsandbytes_says_of_a_layer_has_to_fit_the_config(fields):
     with pytest.raises(CheckpointError, match=r"quant_state\.bitsandbytes__nf4: expected"):
         decode(nf4(**fields)[0], (6, 32), quant_method="bitsandbytes")
+
+
+@pytest.mark.parametrize("suffix", ["weight", "SCB"])
+def test_int8_of_bitsandbytes_names_the_missing_tensor(suffix):
+    tensors = {"weight": mx.zeros((4, 32), mx.int8), "SCB": mx.ones(4), "weight_format": mx.array(0, mx.uint8)}
+    del tensors[suffix]
+    with pytest.raises(MissingTensorError, match=rf"layer\.{suffix}: expected beside"):
+        decode(tensors, (4, 32), quant_method="bitsandbytes")
+
+
+@pytest.mark.parametrize("suffix", ["W_q", "scale", "zero", "shape", "packing"])
+def test_a_part_of_an_hqq_layer_is_missing_tensors(suffix):
+    """A stage of a pipeline reads files, which end in the middle of a layer."""
+    tensors = {suffix: hqq((8, 128), 64, 4)[0][suffix]}
+    assert quantization.is_foreign(tensors)
+    with pytest.raises(MissingTensorError):
+        decode(tensors, (8, 128), quant_method="hqq")
 
 
 def test_int8_of_bitsandbytes_in_another_order_than_rows_is_refused():
@@ -246,7 +264,8 @@ def test_the_config_tells_the_shape_of_every_linear_layer():
 
 
 @pytest.mark.parametrize("name", ["bnb-nf4-double", "bnb-int8", "hqq-4bit-axis0", "hqq-4bit-g32", "torchao-float8"])
-def test_inspect_plans_without_any_value(name):
-    report = inspect(str(QUANTIZED / name))
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_inspect_plans_without_any_value(name, device):
+    report = inspect(str(QUANTIZED / name), on=device)
     assert report["error"] is None
     assert report["quantization"] in ("bitsandbytes", "hqq", "torchao")

@@ -38,7 +38,7 @@ _LONGEST = 4096  # bytes of a description
 
 
 def decode(layer: Layer) -> Decoded:
-    if layer.has("weight", mx.int8) and not any(layer.has(state) for state in _STATES):
+    if layer.has("SCB") or (layer.has("weight", mx.int8) and not any(layer.has(state) for state in _STATES)):
         return _rows(layer)
     return _four_bits(layer)
 

@@ -27,17 +27,17 @@ from .packing import pack
 
 METHODS = ("hqq",)
 DETAIL = ""  # its description is nested
-TENSORS = {"W_q", "zero"}
-FORMATS = (
-    Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
-    Format("HQQ along the other axis", "the same, with `axis` 0", "float", "16 bits"),
-)
-_STORED_AS = {8: (8, 6, 5), 4: (4,), 3: (3,), 2: (2, 1.58)}
 _NUMBERS = ("shape", "axis", "group_size", "nbits")
 _OF_NO_USE = (
     *("channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "packing", "quant_scale"),
     *("quant_zero", "round_zero", "stores_quant_config", "unpack_view_dtype", "view_as_float"),
 )
+TENSORS = {"W_q", "scale", "zero", *_NUMBERS, *_OF_NO_USE}
+FORMATS = (
+    Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
+    Format("HQQ along the other axis, or in groups of 8 or 16", "the same, with `axis` 0", "float", "16 bits"),
+)
+_STORED_AS = {8: (8, 6, 5), 4: (4,), 3: (3,), 2: (2, 1.58)}
 
 
 def decode(layer: Layer) -> Decoded:
@@ -94,6 +94,7 @@ def _check_described(
 ) -> None:
     """What the layer says of itself, in a few numbers, is what its shapes tell."""
     fitting = {"shape": (shape,), "axis": (axis,), "group_size": (group,), "nbits": _STORED_AS[bits]}
+    mx.eval([described[suffix] for suffix in fitting if described[suffix] is not None])
     for suffix, values in fitting.items():
         array = described[suffix]
         if array is None:
