@@ -17,7 +17,7 @@ IGNORED = {
     *("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point"),
     *("k_bias", "v_bias"),
 }
-_INTEGERS = ("qweight", "qzeros", "g_idx", "weight_g_idx")
+_INDICES = ("g_idx", "weight_g_idx")
 
 
 class Format(NamedTuple):
@@ -101,7 +101,7 @@ class Layer:
             raise self.error(suffix, f"{self.lead[0]} experts", list(array.shape))
         if (ranks and len(self.shape(array)) not in ranks) or not array.size:
             raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(self.shape(array)))
-        if suffix in _INTEGERS:
+        if suffix in _INDICES:
             if array.dtype not in (mx.int32, mx.uint32):
                 raise self.error(suffix, "32-bit integers", array.dtype)
         elif "scale" in suffix and array.dtype != mx.uint8 and not mx.issubdtype(array.dtype, mx.floating):

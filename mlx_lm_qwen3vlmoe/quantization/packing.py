@@ -34,6 +34,17 @@ def pack(values: mx.array, bits: int) -> mx.array:
     return (stream.reshape(*values.shape[:-1], -1, 32) << constant(*range(32))).sum(-1)
 
 
+def nibbles(words: mx.array) -> mx.array:
+    """Integers of any size ``[…, n]`` → the 4-bit codes in them, lowest first, as uint8 along the last axis."""
+    pairs = words.view(mx.uint8)
+    return mx.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
+
+
+def pack_nibbles(codes: mx.array) -> mx.array:
+    """``[…, n]`` 4-bit codes in uint8 → MLX's ``[…, n / 8]`` uint32."""
+    return mx.contiguous(codes[..., ::2] | (codes[..., 1::2] << 4)).view(mx.uint32)
+
+
 def unpack_outputs(words: mx.array, bits: int = 4, order: tuple[int, ...] = AWQ) -> mx.array:
     """``[…, n, out * bits / 32]``, eight outputs at a time in an order → ``[…, n, out]`` integers, as int32."""
     values = unpack(words, bits)
