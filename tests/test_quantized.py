@@ -132,7 +132,7 @@ def layer(case: str) -> dict[str, mx.array]:
     return {name.rpartition(".")[2]: array for name, array in VECTORS.items() if name.startswith(f"{case}.")}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("gptq-p")])
+@pytest.mark.parametrize("case", list(CASES))
 def test_every_packing_decodes_to_the_tools_own_values(case):
     """Random weights, packed and dequantized by the tools, one layer each."""
     tensors = layer(case)
@@ -177,13 +177,21 @@ def test_nvfp4_experts_stay_packed_where_a_layer_can_hold_the_second_scale(name)
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 
 
 @pytest.mark.parametrize(
     ("case", "change", "config", "message"),
     [
-        ("awq-w4-gemm", {}, {"quant_method": "fp8"}, r"layer\.qweight: expected quant_method awq or gptq"),
-        ("awq-w4-gemm", {}, AWQ | {"version": "gemv"}, r"layer\.qweight: expected AWQ with 4 bits and version 'gemm'"),
+        ("awq-w4-gemm", {}, {"quant_method": "fp8"}, r"layer\.qweight: expected quant_method .*awq"),
+        ("awq-w4-gemm", {}, AWQ | {"version": "gemv"}, r"layer\.scales: expected the shape \[96, 32\]"),
+        (
+            "awq-w4-gemm",
+            {},
+            AWQ | {"version": "gemx"},
+            r"layer\.qweight: expected AWQ with 4 bits and version gemm, exl",
+        ),
+        ("awq-w4-gemm", {}, AWQ | {"zero_point": False}, r"layer\.qweight: expected zero_point true"),
         ("awq-w4-gemm", {}, AWQ | {"bits": 3}, r"found 3 bits"),
         ("awq-w4-gemm", {"scales": None}, AWQ, r"layer\.scales: expected beside the other tensors"),
         ("awq-w4-gemm", {"scales": mx.ones((3, 63))}, AWQ, r"layer\.scales: expected the shape \[3, 64\], found"),
@@ -192,12 +200,8 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
         ("gptq-w4-sym", {"qzeros": None}, None, r"layer\.qzeros"),
         ("gptq-w4-sym", {"qweight": mx.ones((12, 63), mx.int32)}, None, r"layer\.qweight: expected the shape"),
         ("gptq-w4-sym", {"g_idx": mx.ones(50, mx.int32)}, None, r"layer\.g_idx: expected the shape"),
-        (
-            "gptq-p-w3-sym",
-            {},
-            None,
-            r"expected gptq or gptq_v2 in quantization_config .*'gptq_p'",
-        ),
+        ("gptq-w4-sym", {}, GPTQ | {"checkpoint_format": "marlin"}, r"expected gptq, gptq_v2, gptq_p .*found 'marlin'"),
+        ("gptq-p-w3-sym", {"qweight": mx.ones((9, 48), mx.int32)}, None, r"layer\.qweight: expected the shape"),
     ],
 )
 def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change, config, message):

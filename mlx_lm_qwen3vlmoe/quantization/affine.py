@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .layer import Decoded, Layer, Parameters, Tensors
-from .packing import pack, unpack
+from .packing import codes, pack, unpack
 
 BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
@@ -61,7 +61,7 @@ def with_biases(layer: Layer, words: mx.array, scales: mx.array, biases: mx.arra
     if group is None:
         raise layer.error("weight", f"groups that are made of 32 of {inputs} inputs", f"groups of {size}")
     if bits == 7:  # which MLX lacks, but a code of 7 bits is one of 8
-        words, bits = pack(unpack(words, 7), 8), 8
+        words, bits = pack(codes(words, 7), 8), 8
     if scales.dtype != biases.dtype:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     if group != size:
@@ -146,7 +146,7 @@ def _widened(layer: Decoded, bits: int, group: int, dtype: mx.Dtype) -> Decoded:
     own: Any = layer.parameters
     tensors = dict(layer.tensors)
     if own["bits"] != bits:
-        tensors["weight"] = pack(unpack(tensors["weight"], own["bits"]), bits)
+        tensors["weight"] = pack(codes(tensors["weight"], own["bits"]), bits)
     for name in ("scales", "biases"):
         tensors[name] = mx.repeat(tensors[name].astype(dtype), own["group_size"] // group, -1)
     return Decoded(tensors, {**own, "bits": bits, "group_size": group})

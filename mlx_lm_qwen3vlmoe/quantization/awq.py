@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..fields import check_kinds
 from .affine import affine, with_biases
 from .layer import Decoded, Format, Layer
-from .packing import nibbles, pack_nibbles, transpose_nibbles, transpose_stream, unpack, unpack_outputs
+from .packing import codes, pack, transpose_nibbles, transpose_stream, unpack, unpack_outputs
 
 METHODS = ("awq",)
 DETAIL = "version"
@@ -52,10 +52,16 @@ def decode(layer: Layer) -> Decoded:
     return _VERSIONS[version](layer)
 
 
-def words_along_outputs(layer: Layer) -> Decoded:
+def _gemm(layer: Layer) -> Decoded:
+    return words_along_outputs(layer, 4)
+
+
+def words_along_outputs(layer: Layer, described: int | None = None) -> Decoded:
     """The layout of ``gemm``; with other bits than 4 the outputs are in the same order over a dense stream."""
     qweight, qzeros, scales = layer.words("qweight", 2), layer.words("qzeros", 2), layer.floats("scales", 2)
     (inputs, words), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
+    if described:
+        layer.check("scales", scales, (groups, words * 32 // described))
     bits, rest = divmod(words * 32, outputs)
     if rest or not 4 <= bits <= 7 or outputs % 8:
         raise layer.error("qweight", f"4 to 7 bits for each of {outputs} outputs", list(layer.shape(qweight)))
@@ -87,13 +93,13 @@ def _gemv_fast(layer: Layer) -> Decoded:
     layer.check("scales", scales, (wide, 4 * rows))
     layer.check("qzeros", biases, (wide, 4 * rows))
     scales, biases = (mx.contiguous(array[..., :groups, :].swapaxes(-1, -2)) for array in (scales, biases))
-    return with_biases(layer, pack_nibbles(_fast_codes(qweight)), scales, biases, 4, size)
+    return with_biases(layer, pack(_fast_codes(qweight), 4), scales, biases, 4, size)
 
 
 def _fast_codes(words: mx.array) -> mx.array:
     """``[…, out / 4, in]`` words of 16 bits, 64 inputs of four outputs a run → ``[…, out, in]`` codes."""
     *lead, rows, inputs = words.shape
-    runs = nibbles(words).reshape(*lead, rows, inputs // 64, 4, 64).swapaxes(-2, -3)
+    runs = codes(words, 4).reshape(*lead, rows, inputs // 64, 4, 64).swapaxes(-2, -3)
     # Of each 32 inputs, two by two: 0, 8, 16, 24, 2, …; of each eight that result, the even ones first.
     eights = runs.reshape(*lead, 4 * rows, inputs // 32, 4, 2, 4).swapaxes(-1, -2)
     return eights.swapaxes(-2, -3).reshape(*lead, 4 * rows, inputs)
@@ -119,14 +125,14 @@ def _marlin(layer: Layer) -> Decoded:
         raise layer.error("qweight", "a multiple of 64 outputs", outputs)
     order = _MARLIN_SCALES if groups > 1 else _MARLIN_CHANNELS
     scales = _back(scales.reshape(*layer.lead, -1, len(order)), order).reshape(scales.shape)
-    words = pack_nibbles(_marlin_codes(qweight))
+    words = pack(_marlin_codes(qweight), 4)
     return affine(layer, words, mx.contiguous(scales.swapaxes(-1, -2)), None, 4, layer.settings.get("group_size"))
 
 
 def _marlin_codes(words: mx.array) -> mx.array:
     """``[…, in / 16, 2 * out]`` words of tiles of 16 by 16, four of them permuted as one → ``[…, out, in]`` codes."""
     *lead, tiles, width = words.shape
-    four = _back(nibbles(words).reshape(*lead, -1, 1024), _marlin_order())
+    four = _back(codes(words, 4).reshape(*lead, -1, 1024), _marlin_order())
     squares = four.reshape(*lead, tiles, width // 32, 16, 16)  # in / 16, out / 16, in, out
     return squares.transpose(*range(len(lead)), -3, -1, -4, -2).reshape(*lead, width // 2, 16 * tiles)
 
@@ -150,8 +156,8 @@ def _marlin_order() -> tuple[int, ...]:
 _MARLIN_SCALES = tuple(i + 8 * j for i in range(8) for j in range(8))
 _MARLIN_CHANNELS = tuple(2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25))
 _VERSIONS = {
-    "gemm": words_along_outputs,
-    "exllama": words_along_outputs,
+    "gemm": _gemm,
+    "exllama": _gemm,
     "gemv": _gemv,
     "gemv_fast": _gemv_fast,
     "marlin": _marlin,
