@@ -110,7 +110,9 @@ class Layer:
 
     def words(self, suffix: str, *ranks: int) -> mx.array:
         """A tensor of packed integers, as ``uint32``."""
-        array = self.take(suffix, *ranks)
+        return self.check_words(suffix, self.take(suffix, *ranks))
+
+    def check_words(self, suffix: str, array: mx.array) -> mx.array:
         if array.dtype not in (mx.int32, mx.uint32):
             raise self.error(suffix, "32-bit integers", array.dtype)
         return array.view(mx.uint32)
