@@ -14,6 +14,7 @@ Parameters = dict[str, Any]  # of mlx.nn.quantize: group_size, bits, mode, and g
 # Of activations or the key-value cache, or of no use here: weight_shape repeats what the shapes tell.
 IGNORED = {
     *("input_scale", "input_global_scale", "input_zero_point", "output_scale", "activation_scale", "weight_shape"),
+    "weight_activation_scale",  # of fused experts
     *("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point"),
     *("k_bias", "v_bias"),
 }
