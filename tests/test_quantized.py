@@ -22,8 +22,8 @@ from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
 from mlx_lm_qwen3vlmoe.quantization import numbers, packing
 
 NAMES = sorted(path.parent.name for path in QUANTIZED.glob("*/golden.safetensors"))
-# Formats that MLX can only express in float, in all or some layers: FP8, NVFP4 (on the CPU), act-order, scales of inputs
-# or of blocks narrower than MLX's, tables of values.
+# Formats that MLX can only express in float, in all or some layers: FP8, NVFP4 (on the CPU), act-order, scales of
+# inputs or of blocks narrower than MLX's, tables of values.
 FLOAT = {
     *("autoround-fp8-block", "autoround-fp8-static", "autoround-fp8-tensor", "autoround-nvfp4", "autoround-nvfp4-e5m3"),
     *("bnb-fp4", "bnb-nf4", "bnb-nf4-double"),
@@ -39,7 +39,7 @@ FLOAT = {
 }
 PACKED = [name for name in NAMES if name not in FLOAT]
 # Packed in more bits than in the file: 7 and 6 in 8, and experts in the most that one of their layer has.
-WIDENED = {"ct-experts-bits", "ct-mxfp6", "gptq-experts-mixed", "gptq-p-w7-asym"}
+WIDENED = {"autoround-mixed-experts", "ct-experts-bits", "ct-mxfp6", "gptq-experts-mixed", "gptq-p-w7-asym"}
 
 
 def golden(name: str) -> dict[str, mx.array]:

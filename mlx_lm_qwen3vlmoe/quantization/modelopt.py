@@ -9,9 +9,9 @@
 | W4A16_AWQ        | uint8 ``[out / 2, in]`` | float32 ``[out, in / g]``                            |             |
 | W8A16, W8A8_SQ_… | int8 ``[out, in]``      | float32 ``[out]``                                    |             |
 
-The second scale is ``weight_scale_2``. A byte of NVFP4 and MXFP4 has two neighbors along *in*, one of W4A16_AWQ two along *out*, in two's complement. With
-``pre_quant_scale [in]`` the layer multiplies its input by that: each column of the weight is multiplied here, which no
-packed format holds. The second scale of W4A8_AWQ is not known here.
+The second scale is ``weight_scale_2``. A byte of NVFP4 and MXFP4 has two neighbors along *in*, one of W4A16_AWQ two
+along *out*, in two's complement. With ``pre_quant_scale [in]`` the layer multiplies its input by that: each column of
+the weight is multiplied here, which no packed format holds. The second scale of W4A8_AWQ is not known here.
 
 Source: ``modelopt/torch/export/quant_utils.py`` and ``modelopt/torch/quantization/qtensor``.
 """
