@@ -97,6 +97,14 @@ class Decoder:
                     self._count(before.tensors, after)
         return common
 
+    def as_float(self, layer: Decoded, why: str) -> mx.array:
+        """The weight of a layer that cannot stay packed."""
+        if layer.parameters is None:
+            return layer.tensors["weight"]
+        weight = quantization.dequantize(layer.tensors, layer.parameters, self.dtype)
+        self._count(layer.tensors, Decoded({"weight": weight}, None, why))
+        return weight
+
     def _count(self, stored: Tensors, decoded: Decoded) -> None:
         self._reasons[decoded.why_float or ""] = None
         self._before += sum(array.nbytes for array in stored.values())

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import quantization
 from .backend import as_out_in
 from .decoding import Decoder
 from .errors import CheckpointError, MissingTensorError
@@ -85,7 +84,7 @@ class Experts:
             projection: stack(f"{self.mlp}.experts", projection, experts, sizes, decode)
             for projection, experts in self.single.items()
         }
-        return rejoined(self.mlp, stacked, sizes, decode.dtype)
+        return rejoined(self.mlp, stacked, sizes, decode)
 
 
 def gather(layers: Layers) -> tuple[Layers, list[Experts]]:
@@ -224,7 +223,7 @@ def _shape(decoded: Decoded) -> tuple[int, ...]:
     return *rows, columns * 32 // decoded.parameters["bits"] if decoded.parameters else columns
 
 
-def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], dtype: mx.Dtype) -> dict[str, Decoded]:
+def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
     """Stacked experts as gate, up and down, from what tools have made of them.
 
     - One ``gate_up_proj [2I, H]`` an expert, gate first, is cut in two.
@@ -255,14 +254,10 @@ def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], dtype
             f"found {list(shapes[wrong][1:])}. "
             "Are hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
         )
-    arrays = {projection: _as_float(decoded, dtype) for projection, decoded in stacked.items()}
+    floats = {
+        projection: decode.as_float(decoded, "cut along the wrong axis") for projection, decoded in stacked.items()
+    }
+    arrays = {projection: decoded.tensors["weight"] for projection, decoded in floats.items()}
     gate, up = mx.split(mx.concatenate([arrays["gate_proj"], arrays["up_proj"]], -2), 2, -1)
     whole = {"gate_proj": gate, "up_proj": up, "down_proj": arrays["down_proj"]}
-    why = next((decoded.why_float for decoded in stacked.values()), None)
-    return {projection: Decoded({"weight": as_out_in(array)}, None, why) for projection, array in whole.items()}
-
-
-def _as_float(decoded: Decoded, dtype: mx.Dtype) -> mx.array:
-    if decoded.parameters is None:
-        return decoded.tensors["weight"]
-    return quantization.dequantize(decoded.tensors, decoded.parameters, dtype)
+    return {projection: Decoded({"weight": as_out_in(array)}) for projection, array in whole.items()}

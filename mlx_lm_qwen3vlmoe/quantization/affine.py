@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .layer import Decoded, Layer, Parameters, Tensors
-from .packing import pack, unpack
+from .packing import codes, pack, unpack
 
 BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
@@ -39,24 +39,31 @@ def affine(
     """
     inputs, groups = words.shape[-1] * 32 // bits, scales.shape[-1]
     size = group_size_of(layer, inputs, groups, group_size)
-    # Every group begins at a multiple of this, and so does the end.
-    step = math.gcd(size, inputs)
-    group = next((g for g in _GROUPS if step % g == 0), None)
     if scales.dtype not in (mx.float16, mx.bfloat16):
         scales = scales.astype(mx.float32 if zeros is not None else layer.dtype)
     wide = scales.astype(mx.float32)
-    middle = 2 ** (bits - 1)
-    if bits == 7 and inputs % 32 == 0:  # which MLX lacks, but a code of 7 bits is one of 8
-        words, bits = pack(unpack(words, 7), 8), 8
-    if group is None or bits not in BITS:
-        order = mx.arange(inputs) // size
-        why = f"groups of {size}" if bits in BITS else f"{bits} bits"
-        return ungrouped(layer, words, wide, zeros, bits, order, why)
+    group = _mlx_group(inputs, size)
+    if group is None or bits not in (*BITS, 7):
+        why = f"{bits} bits" if group else f"groups of {size}"
+        return ungrouped(layer, words, wide, zeros, bits, mx.arange(inputs) // size, why)
     # The middle of the range only shifts the exponent; the product with any other zero point needs more digits.
     if zeros is None:
-        biases = (-middle * wide).astype(scales.dtype)
+        biases = (-(2 ** (bits - 1)) * wide).astype(scales.dtype)
     else:
         scales, biases = wide, -zeros.astype(mx.float32) * wide
+    return with_biases(layer, words, scales, biases, bits, size)
+
+
+def with_biases(layer: Layer, words: mx.array, scales: mx.array, biases: mx.array, bits: int, size: int) -> Decoded:
+    """``w = scales * q + biases`` of one dtype, for groups of a ``size`` that MLX's groups make up."""
+    inputs = words.shape[-1] * 32 // bits
+    group = _mlx_group(inputs, size)
+    if group is None:
+        raise layer.error("weight", f"groups that are made of 32 of {inputs} inputs", f"groups of {size}")
+    if bits == 7:  # which MLX lacks, but a code of 7 bits is one of 8
+        words, bits = pack(codes(words, 7), 8), 8
+    if scales.dtype != biases.dtype:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     if group != size:
         scales, biases = (regroup(array, inputs, size, group) for array in (scales, biases))
     return Decoded({"weight": words, "scales": scales, "biases": biases}, {"group_size": group, "bits": bits})
@@ -79,6 +86,12 @@ def signed(
     if zeros is None and scales.dtype == mx.float32:  # which is not to be rounded
         zeros = mx.zeros(scales.shape)
     return affine(layer, words, scales, None if zeros is None else zeros.astype(mx.float32) + middle, bits, group_size)
+
+
+def _mlx_group(inputs: int, size: int) -> int | None:
+    """The largest of MLX's groups at whose multiples every group of ``size`` begins, and the inputs end."""
+    step = math.gcd(size, inputs)
+    return next((group for group in _GROUPS if step % group == 0), None)
 
 
 def ungrouped(
@@ -152,7 +165,7 @@ def _widened(layer: Decoded, bits: int, group: int, dtype: mx.Dtype) -> Decoded:
     own: Any = layer.parameters
     tensors = dict(layer.tensors)
     if own["bits"] != bits:
-        tensors["weight"] = pack(unpack(tensors["weight"], own["bits"]), bits)
+        tensors["weight"] = pack(codes(tensors["weight"], own["bits"]), bits)
     for name in ("scales", "biases"):
         tensors[name] = mx.repeat(tensors[name].astype(dtype), own["group_size"] // group, -1)
     return Decoded(tensors, {**own, "bits": bits, "group_size": group})

@@ -6,31 +6,41 @@
 | ``int-quantized``, naive | ``weight`` int8 ``[out, in]``              | the same                                     |
 | ``float-quantized``      | ``weight`` e4m3 ``[out, in]``              | the same                                     |
 | ``mxfp4-pack-quantized`` | ``weight_packed`` uint8 ``[out, in/2]``    | e8m0 ``[out, in/32]``                        |
+| ``mxfp6-pack-quantized`` | ``weight_packed`` uint8 ``[out, 3*in/4]``  | the same                                     |
 | ``mxfp8-quantized``      | ``weight`` e4m3 ``[out, in]``              | e8m0 ``[out, in/32]``                        |
 | ``nvfp4-pack-quantized`` | ``weight_packed`` uint8 ``[out, in/2]``    | e4m3 ``[out, in/16]``, and a global one      |
 
-``w = (q - z) * s``. Packed integers have ``2 ** (bits - 1)`` added and are packed as MLX packs; their zero points,
-``weight_zero_point [out * bits / 32, groups]``, are packed along *out*. ``weight_g_idx [in]`` has the groups of inputs
-in act-order. NVFP4's second scale divides. Source: ``compressors`` of compressed-tensors 0.19.
+``w = (q - z) * s``, of integers with a sign; `schemes` has what the description says. Packed integers have ``2 **
+(bits - 1)`` added and are packed as MLX packs, as are their zero points along *out*, ``weight_zero_point [out * bits /
+32, groups]``; those of blocks and of ``weight`` in int8 are int8 in the shape of the scales, with nothing added.
+``weight_g_idx [in]`` has the groups of inputs in act-order. NVFP4's second scale divides. MXFP6 is e2m3. Source:
+``compressors`` of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Any
-
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..fields import check_block, check_kinds
 from . import fp8
 from .affine import BITS, affine, group_size_of, ungrouped
 from .gptq import group_order
 from .layer import Decoded, Format, Layer
-from .microscaling import mxfp4, mxfp8, nvfp4
+from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
 from .numbers import loaded_e4m3
 from .packing import pack, unpack
+from .schemes import (
+    Scheme,
+    block_of,
+    check,
+    grid_of,
+    of_each_output,
+    scheme_of_words,
+    schemes_for,
+    settings,
+    width_of,
+)
+
+__all__ = ["DETAIL", "FORMATS", "METHODS", "TENSORS", "check", "decode", "settings"]
 
 METHODS = ("compressed-tensors",)
 DETAIL = "format"
@@ -53,47 +63,11 @@ FORMATS = (
 )
 
 
-def check(config: dict[str, Any]) -> None:
-    check_kinds("", config, config_groups=dict)
-    for key, group in (config.get("config_groups") or {}).items():
-        check_kinds("config_groups.", {key: group}, **{key: dict})
-        check_kinds(where := f"config_groups.{key}.", group or {}, weights=dict, targets=list)
-        weights = (group or {}).get("weights") or {}
-        check_kinds(f"{where}weights.", weights, num_bits=int, group_size=int, strategy=str, symmetric=bool)
-        check_block(f"{where}weights.", weights, "block_structure")
-
-
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
-    groups = [group for group in (config.get("config_groups") or {}).values() if group and group.get("weights")]
-    named = [group["weights"] for group in groups if any(_named(t, name) for t in group.get("targets") or [])]
-    schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
-    return {**config, "schemes": schemes}
-
-
-def _named(target: Any, name: str) -> bool:
-    if not str(target).startswith("re:"):
-        return target == name
-    try:
-        return re.match(target[3:], name) is not None
-    except re.error as error:
-        raise CheckpointError(
-            f"quantization_config: targets: expected a regular expression, found {target[3:]!r} ({error}). "
-            "Take config.json from the original checkpoint."
-        ) from None
-
-
 def decode(layer: Layer) -> Decoded:
     if layer.has("weight_packed", mx.int32, mx.uint32):
         return _packed_integers(layer)
     if layer.has("weight_packed"):
-        codes = layer.take("weight_packed", 2)
-        if codes.dtype != mx.uint8:
-            raise layer.error("weight_packed", "32-bit integers or bytes", codes.dtype)
-        _schemes(layer, "float", 4)
-        if layer.has("weight_global_scale"):  # which divides
-            return nvfp4(layer, codes, layer.take("weight_scale"), 1 / layer.number("weight_global_scale"))
-        return mxfp4(layer, codes, layer.take("weight_scale", 2))
+        return _packed_floats(layer)
     if layer.has("weight", mx.int8):
         return _integers(layer)
     return _floats(layer)
@@ -102,19 +76,21 @@ def decode(layer: Layer) -> Decoded:
 def _packed_integers(layer: Layer) -> Decoded:
     words, scales = layer.words("weight_packed", 2), layer.floats("weight_scale", 0, 1, 2)
     outputs, size = layer.shape(words)
-    zeros = layer.words("weight_zero_point", 2) if layer.has("weight_zero_point") else None
-    indices = layer.take_optional("weight_g_idx", 1)
-    scheme = _scheme(layer, scales, (outputs, size * 32), zeros)
-    bits = scheme["num_bits"]
+    zeros, indices = layer.take_optional("weight_zero_point", 0, 1, 2), layer.take_optional("weight_g_idx", 1)
+    packed = None if zeros is None or zeros.dtype == mx.int8 else layer.check_words("weight_zero_point", zeros)
+    scheme = scheme_of_words(layer, scales, (outputs, size * 32), packed)
+    bits, group_size = scheme["num_bits"], width_of(scheme)
     inputs = size * 32 // bits
-    scales = _rows(layer, scales, scheme, (outputs, inputs))
+    scales = of_each_output(layer, scales, scheme, (outputs, inputs))
     groups = scales.shape[-1]
-    if zeros is None and scheme.get("symmetric") is False:
-        layer.take("weight_zero_point")
-    if zeros is not None:
-        layer.check("weight_zero_point", zeros, (outputs * bits // 32, groups))
-        zeros = unpack(mx.contiguous(zeros.swapaxes(-1, -2)), bits).swapaxes(-1, -2)
-    group_size = _width(scheme)
+    _check_symmetry(layer, scheme, zeros)
+    if packed is not None:
+        if (block_of(scheme) or (1,))[0] != 1:
+            raise layer.error("weight_zero_point", "8-bit integers, of blocks", packed.dtype)
+        layer.check("weight_zero_point", packed, (outputs * bits // 32, groups))
+        zeros = unpack(mx.contiguous(packed.swapaxes(-1, -2)), bits).swapaxes(-1, -2)
+    elif zeros is not None:
+        zeros = _signed_zeros(layer, zeros, scheme, (outputs, inputs), bits)
     if indices is not None:
         layer.check("weight_g_idx", indices, (inputs,))
         order = group_order(layer, "weight_g_idx", indices, groups, group_size_of(layer, inputs, groups, group_size))
@@ -126,113 +102,70 @@ def _packed_integers(layer: Layer) -> Decoded:
 def _integers(layer: Layer) -> Decoded:
     """8 bits, or fewer that are stored as 8, which MLX packs. Its integers are unsigned: half of the range is added."""
     weight, scales = layer.take("weight", 2), layer.floats("weight_scale", 0, 1, 2)
-    zeros = layer.tensors.pop("weight_zero_point", None)
+    zeros = layer.take_optional("weight_zero_point", 0, 1, 2)
     outputs, inputs = layer.shape(weight)
-    schemes = _schemes(layer, "int") or [{}]
-    scheme = next((s for s in schemes if _grid(s, scales, layer, (outputs, inputs))), schemes[0])
+    shape = outputs, inputs
+    schemes = schemes_for(layer, "int") or [{}]
+    scheme = next((scheme for scheme in schemes if grid_of(layer, scales, scheme, shape)), schemes[0])
     bits = bits if (bits := scheme.get("num_bits")) in BITS else 8
-    scales = _rows(layer, scales, scheme, (outputs, inputs))
-    if zeros is None and scheme.get("symmetric") is False:
-        layer.take("weight_zero_point")
+    scales = of_each_output(layer, scales, scheme, shape)
+    _check_symmetry(layer, scheme, zeros)
     if zeros is not None:
-        zeros = _rows(layer, zeros, scheme, (outputs, inputs), "weight_zero_point").astype(mx.int32) + 2 ** (bits - 1)
+        zeros = _signed_zeros(layer, zeros, scheme, shape, bits)
     if inputs % 32:
         raise layer.error("weight", "a multiple of 32 inputs", inputs)
-    unsigned = (weight.astype(mx.int32) + 2 ** (bits - 1)) & (2**bits - 1)
-    words = unsigned.astype(mx.uint8).view(mx.uint32) if bits == 8 else pack(unsigned, bits)
-    return affine(layer, words, scales, zeros, bits, _width(scheme))
+    unsigned = (weight.view(mx.uint8) + 2 ** (bits - 1)) & (2**bits - 1)
+    return affine(layer, pack(unsigned, bits), scales, zeros, bits, width_of(scheme))
+
+
+def _check_symmetry(layer: Layer, scheme: Scheme, zeros: mx.array | None) -> None:
+    """There are zero points, or the description says that there are none."""
+    if zeros is None and scheme.get("symmetric") is False:
+        layer.take("weight_zero_point")
+
+
+def _signed_zeros(layer: Layer, zeros: mx.array, scheme: Scheme, shape: tuple[int, int], bits: int) -> mx.array:
+    """Zero points as they are → of unsigned integers, ``[out, groups]``."""
+    if zeros.dtype != mx.int8:
+        raise layer.error("weight_zero_point", "8-bit integers", zeros.dtype)
+    return of_each_output(layer, zeros, scheme, shape, "weight_zero_point").astype(mx.int32) + 2 ** (bits - 1)
+
+
+def _packed_floats(layer: Layer) -> Decoded:
+    codes = layer.take("weight_packed", 2)
+    if codes.dtype != mx.uint8:
+        raise layer.error("weight_packed", "32-bit integers or bytes", codes.dtype)
+    if layer.has("weight_global_scale"):  # which divides
+        _check_group(layer, schemes_for(layer, "float", 4), 16)
+        return nvfp4(layer, codes, layer.take("weight_scale"), 1 / layer.number("weight_global_scale"))
+    scales = layer.take("weight_scale", 2)
+    schemes = schemes_for(layer, "float", 4, 6)
+    _check_group(layer, schemes, 32)
+    size, groups = layer.shape(codes)[1], layer.shape(scales)[1]
+    described = {scheme["num_bits"] for scheme in schemes} or {4}
+    if described == {6} or (6 in described and size == 24 * groups):
+        return mxfp6(layer, codes, scales, "e2m3")
+    return mxfp4(layer, codes, scales)
+
+
+def _check_group(layer: Layer, schemes: list[Scheme], size: int) -> None:
+    if schemes and all(width_of(scheme) not in (size, None) for scheme in schemes):
+        raise layer.error("weight_packed", f"groups of {size}, by config_groups", width_of(schemes[0]))
 
 
 def _floats(layer: Layer) -> Decoded:
     weight = layer.take("weight", 2)
     if weight.dtype != loaded_e4m3():
         raise layer.error("weight", "a known quantized format", f"{weight.dtype} beside {sorted(layer.tensors)}")
-    schemes = _schemes(layer, "float", 8)
+    schemes = schemes_for(layer, "float", 8)
     if layer.has("weight_scale", mx.uint8):
+        _check_group(layer, schemes, 32)
         return mxfp8(layer, weight, layer.take("weight_scale", 2))
     if schemes and schemes[0].get("scale_dtype") == "torch.uint8":
         raise layer.error("weight_scale", "powers of two (uint8), by scale_dtype", layer.take("weight_scale").dtype)
     suffix = "weight_scale_inv" if layer.has("weight_scale_inv") else "weight_scale"
     scale = layer.tensors.get(suffix)
     if schemes and scale is not None and schemes[0].get("strategy") in ("tensor", "channel"):
-        _rows(layer, scale, schemes[0], (layer.shape(weight)[0], layer.shape(weight)[1]))
-    return fp8.scaled(layer, weight, suffix, (_block(schemes[0]) or (0, 0)) if schemes else None)
-
-
-def _schemes(layer: Layer, kind: str, bits: int | None = None) -> list[dict[str, Any]]:
-    """The schemes that may apply, of a type and a number of bits; raises `CheckpointError` where all are of others."""
-    schemes = layer.settings.get("schemes") or []
-    fitting = [s for s in schemes if s.get("type", kind) == kind and (bits or s.get("num_bits")) == s.get("num_bits")]
-    if schemes and not fitting:
-        found = ", ".join(f"{scheme.get('type')} of {scheme.get('num_bits')} bits" for scheme in schemes)
-        expected = f"a scheme for {kind}{f' of {bits} bits' if bits else ''} in config_groups"
-        raise layer.error("weight", expected, found)
-    return fitting
-
-
-def _block(scheme: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None for the whole tensor, or one a row."""
-    strategy = scheme.get("strategy")
-    if (structure := scheme.get("block_structure")) and strategy in ("block", None):
-        return structure[0], structure[1]
-    if (size := scheme.get("group_size") or 0) > 0 and strategy in ("group", "tensor_group", None):
-        return 1, size
-    return None
-
-
-def _grid(scheme: dict[str, Any], scales: mx.array, layer: Layer, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """The shape that scales have by a scheme, in blocks; None if these have not."""
-    found = layer.shape(scales)
-    if block := _block(scheme):
-        expected = math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
-        return expected if found == expected else None
-    strategy = scheme.get("strategy")
-    if strategy != "channel" and all(axis == 1 for axis in found):
-        return 1, 1
-    return (shape[0], 1) if strategy != "tensor" and found in ((shape[0],), (shape[0], 1)) else None
-
-
-def _rows(
-    layer: Layer, scales: mx.array, scheme: dict[str, Any], shape: tuple[int, int], suffix: str = "weight_scale"
-) -> mx.array:
-    """Scales or zero points of any strategy → ``[out, groups]``."""
-    grid = _grid(scheme, scales, layer, shape)
-    if grid is None:
-        block = _block(scheme)
-        expected = [[math.ceil(shape[n] / block[n]) for n in (0, 1)]] if block else [[shape[0], 1], [1]]
-        if not block and (strategy := scheme.get("strategy")) in ("channel", "tensor"):
-            expected = expected[:1] if strategy == "channel" else expected[1:]
-        what = f"the shape {' or '.join(map(str, expected))}, by config_groups"
-        raise layer.error(suffix, what, list(layer.shape(scales)))
-    scales = scales.reshape(*layer.lead, *grid)
-    high = (_block(scheme) or (1 if grid[0] == shape[0] else shape[0],))[0]
-    return fp8.spread(scales, -2, shape[0], high, 1)
-
-
-def _width(scheme: dict[str, Any]) -> int | None:
-    block = _block(scheme)
-    return block[1] if block else None
-
-
-def _scheme(layer: Layer, scales: mx.array, stream: tuple[int, int], zeros: mx.array | None) -> dict[str, Any]:
-    """The one scheme that packed integers fit: ``stream`` is the outputs, and the bits of one."""
-    outputs, size = stream
-    fitting = {
-        scheme["num_bits"]: scheme
-        for scheme in reversed(_schemes(layer, "int"))
-        if isinstance(bits := scheme.get("num_bits"), int)
-        and size % bits == 0
-        and _grid(scheme, scales, layer, (outputs, size // bits))
-        and (zeros is None or layer.shape(zeros)[0] * 32 == outputs * bits)
-    }
-    if not fitting and len(found := layer.shape(scales)) == 2 and found[0] not in (1, outputs):
-        raise layer.error("weight_scale", f"the shape {[outputs, found[1]]}, or that of blocks", list(found))
-    if len(fitting) != 1:
-        shapes = f"{[outputs, size // 32]} with scales {list(layer.shape(scales))}"
-        raise layer.error(
-            "weight_packed",
-            "to fit one scheme of config_groups",
-            f"{shapes}, which fits {sorted(fitting) or 'no'} bits",
-        )
-    (scheme,) = fitting.values()
-    return scheme
+        outputs, inputs = layer.shape(weight)
+        of_each_output(layer, scale, schemes[0], (outputs, inputs))
+    return fp8.scaled(layer, weight, suffix, (block_of(schemes[0]) or (0, 0)) if schemes else None)

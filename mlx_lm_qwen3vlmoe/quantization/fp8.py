@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..fields import check_block
-from .layer import Decoded, Format, Layer, Tensors
+from .layer import IGNORED, Decoded, Format, Layer, Tensors
 from .microscaling import mxfp8
 from .numbers import e4m3, e8m0, has_mode, loaded_e4m3
 
@@ -117,6 +117,8 @@ def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tenso
     border, block = (rows // 2, high) if axis == -2 else (columns // 2, wide)
     first, second = {}, {}
     for suffix, array in tensors.items():
+        if suffix in IGNORED:
+            continue
         shape = array.shape[len(lead) :]
         if suffix == "weight" or (high and shape == _grid(rows, columns, high, wide) and border % block == 0):
             first[suffix], second[suffix] = mx.split(array, 2, axis)

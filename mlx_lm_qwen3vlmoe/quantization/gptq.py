@@ -1,8 +1,15 @@
 """GPTQ: ``w = (q - z) * s[g_idx]``; ``qweight`` is packed along *in*, as MLX packs, but transposed.
 
 ``qweight [in * bits / 32, out]`` int32, ``qzeros [groups, out * bits / 32]`` int32, ``scales [groups, out]``, ``g_idx
-[in]`` int32, the group of each input. Format ``gptq`` stores ``z - 1``, ``gptq_v2`` stores ``z``. The tensors tell the
-bits: layers may have others than the description. Source: ``gptqmodel/nn_modules/qlinear`` of GPTQModel 7.7.
+[in]`` int32, the group of each input. The tensors tell the bits: layers may have others than the description.
+
+| ``checkpoint_format`` | zero point    | codes of 2, 4, 8 bits | of 3 bits | of 5, 6, 7 bits |
+|-----------------------|---------------|-----------------------|-----------|-----------------|
+| ``gptq``              | less one      | dense                 | dense     | as `gptq_p`     |
+| ``gptq_v2``           | as it is      | dense                 | dense     | as `gptq_p`     |
+| ``gptq_p``            | as it is      | dense                 | in planes | in planes       |
+
+Source: ``gptqmodel/nn_modules/qlinear`` and ``gptqmodel/utils/planar_packing.py`` of GPTQModel 7.7.
 """
 
 from __future__ import annotations
@@ -15,16 +22,16 @@ import mlx.core as mx
 from ..fields import check_kinds
 from .affine import affine, group_size_of, ungrouped
 from .layer import Decoded, Format, Layer
-from .packing import unpack
+from .packing import pack, unpack, unpack_planes
 
 METHODS = ("gptq",)
 DETAIL = "checkpoint_format"
 TENSORS = {"qweight", "qzeros", "g_idx"}
 FORMATS = (
     Format(
-        "GPTQ, 2, 3, 4, 5, 6 or 8 bits, `gptq` and `gptq_v2`",
+        "GPTQ, 2 to 8 bits, `gptq`, `gptq_v2` and `gptq_p`",
         "`qweight` with `quant_method` `gptq`",
-        "affine",
+        "affine; 7 bits as 8",
         "packed",
     ),
     Format("GPTQ in act-order", "the same, and a `g_idx` that is out of order", "float", "16 bits"),
@@ -44,12 +51,15 @@ def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def decode(layer: Layer) -> Decoded:
-    form = layer.setting("checkpoint_format", "gptq or gptq_v2", "gptq", "gptq_v2", default="gptq")
-    return words_along_inputs(layer, stored_less_one=form == "gptq")
+    known = ("gptq", "gptq_v2", "gptq_p")
+    named = layer.settings.get("format", "gptq")
+    form = layer.setting("checkpoint_format", ", ".join(known), *known, default=named)
+    planes = (3, 5, 6, 7) if form == "gptq_p" else (5, 6, 7)
+    return words_along_inputs(layer, stored_less_one=form == "gptq", planes=planes)
 
 
-def words_along_inputs(layer: Layer, stored_less_one: bool) -> Decoded:
-    """The layout of GPTQ, with zero points as they are or less one."""
+def words_along_inputs(layer: Layer, stored_less_one: bool, planes: tuple[int, ...] = ()) -> Decoded:
+    """The layout of GPTQ, with zero points as they are or less one; with some bits in planes, and zeros as they are."""
     qweight, qzeros, scales = layer.words("qweight", 2), layer.words("qzeros", 2), layer.floats("scales", 2)
     g_idx = layer.take_optional("g_idx", 1)
     if g_idx is None and layer.settings.get("desc_act"):
@@ -62,14 +72,16 @@ def words_along_inputs(layer: Layer, stored_less_one: bool) -> Decoded:
     layer.check("qweight", qweight, (rows, outputs))
     layer.check("qzeros", qzeros, (groups, outputs * bits // 32))
     inputs, rest = divmod(rows * 32, bits)
-    if rest:
-        raise layer.error("qweight", f"whole numbers of {bits} bits", list(layer.shape(qweight)))
-    if stored_less_one and 32 % bits == 0:  # the tool subtracts from whole words: 1 comes back with the carries
-        qzeros = qzeros + sum(1 << i for i in range(0, 32, bits))
-    zeros = unpack(qzeros, bits)
-    if stored_less_one and 32 % bits:
-        zeros = (zeros + 1) & (2**bits - 1)
+    if rest or (bits in planes and (inputs % 32 or outputs % 32)):
+        what = f"{'multiples of 32' if bits in planes else 'whole'} numbers of {bits} bits"
+        raise layer.error("qweight", what, list(layer.shape(qweight)))
     packed = mx.contiguous(qweight.swapaxes(-1, -2))
+    if bits in planes:
+        packed, zeros = pack(unpack_planes(packed, bits), bits), unpack_planes(qzeros, bits)
+    elif stored_less_one:
+        zeros = _one_more(qzeros, bits)
+    else:
+        zeros = unpack(qzeros, bits)
     scales, zeros = mx.contiguous(scales.swapaxes(-1, -2)), zeros.swapaxes(-1, -2)
     group_size = layer.settings.get("group_size")
     if g_idx is not None:
@@ -78,6 +90,13 @@ def words_along_inputs(layer: Layer, stored_less_one: bool) -> Decoded:
         if order is not None:
             return ungrouped(layer, packed, scales, zeros, bits, order, "act-order")
     return affine(layer, packed, scales, zeros, bits, group_size)
+
+
+def _one_more(qzeros: mx.array, bits: int) -> mx.array:
+    """Zero points that are stored less one. The tool subtracts from whole words: 1 comes back with the carries."""
+    if 32 % bits == 0:
+        return unpack(qzeros + sum(1 << i for i in range(0, 32, bits)), bits)
+    return (unpack(qzeros, bits) + 1) & (2**bits - 1)
 
 
 def group_order(layer: Layer, suffix: str, indices: mx.array, groups: int, size: int) -> mx.array | None:

@@ -13,19 +13,12 @@ Parameters = dict[str, Any]  # of mlx.nn.quantize: group_size, bits, mode, and g
 
 # Of activations or the key-value cache, or of no use here: weight_shape repeats what the shapes tell.
 IGNORED = {
-    *(
-        "input_scale",
-        "input_global_scale",
-        "input_scale_2",
-        "input_zero_point",
-        "output_scale",
-        "activation_scale",
-        "weight_shape",
-    ),
+    *("input_scale", "input_scale_2", "input_global_scale", "input_zero_point", "output_scale", "weight_shape"),
+    *("activation_scale", "weight_activation_scale"),  # the latter of fused experts
     *("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point"),
     *("k_bias", "v_bias"),
 }
-_INTEGERS = ("qweight", "qzeros", "g_idx", "weight_g_idx")
+_INDICES = ("g_idx", "weight_g_idx")
 
 
 class Format(NamedTuple):
@@ -118,7 +111,7 @@ class Layer:
             raise self.error(suffix, f"{self.lead[0]} experts", list(array.shape))
         if (ranks and len(self.shape(array)) not in ranks) or not array.size:
             raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(self.shape(array)))
-        if suffix in _INTEGERS:
+        if suffix in _INDICES:
             if array.dtype not in (mx.int32, mx.uint32):
                 raise self.error(suffix, "32-bit integers", array.dtype)
         elif "scale" in suffix and array.dtype != mx.uint8 and not mx.issubdtype(array.dtype, mx.floating):
@@ -127,7 +120,9 @@ class Layer:
 
     def words(self, suffix: str, *ranks: int) -> mx.array:
         """A tensor of packed integers, as ``uint32``."""
-        array = self.take(suffix, *ranks)
+        return self.check_words(suffix, self.take(suffix, *ranks))
+
+    def check_words(self, suffix: str, array: mx.array) -> mx.array:
         if array.dtype not in (mx.int32, mx.uint32):
             raise self.error(suffix, "32-bit integers", array.dtype)
         return array.view(mx.uint32)

@@ -1,22 +1,33 @@
-"""NVIDIA ModelOpt 0.47: FP8, NVFP4, MXFP4 and MXFP8.
+"""NVIDIA ModelOpt 0.47: FP8, NVFP4, MXFP4, MXFP8 and integers of 4 and 8 bits.
 
-| algorithm | ``weight``                | ``weight_scale``                                       | ``weight_scale_2``  |
-|-----------|---------------------------|--------------------------------------------------------|---------------------|
-| FP8       | e4m3 ``[out, in]``        | float ``[]``, ``[out]`` or ``[out/128, 1, in/128, 1]`` |                     |
-| NVFP4     | uint8 ``[out, in / 2]``   | e4m3 ``[out, in / 16]``                                | float32 ``[]``      |
-| MXFP4     | uint8 ``[out, in / 2]``   | e8m0 ``[out, in / 32]``                                |                     |
-| MXFP8     | e4m3 ``[out, in]``        | e8m0 ``[out, in / 32]``                                |                     |
+| ``quant_algo``   | ``weight``              | ``weight_scale``                                     | second      |
+|------------------|-------------------------|------------------------------------------------------|-------------|
+| FP8, FP8_PB_WO   | e4m3 ``[out, in]``      | float ``[]``, ``[out]``, ``[out/128, 1, in/128, 1]`` |             |
+| …NVFP4…          | uint8 ``[out, in / 2]`` | e4m3 ``[out, in / 16]`` or ``[out, in / 32]``        | float ``[]``|
+| …MXFP4…          | uint8 ``[out, in / 2]`` | e8m0 ``[out, in / 32]``                              |             |
+| MXFP8            | e4m3 ``[out, in]``      | e8m0 ``[out, in / 32]``                              |             |
+| W4A16_AWQ        | uint8 ``[out / 2, in]`` | float32 ``[out, in / g]``                            |             |
+| W8A16, W8A8_SQ_… | int8 ``[out, in]``      | float32 ``[out]``                                    |             |
+
+The second scale is ``weight_scale_2``. A byte of NVFP4 and MXFP4 has two neighbors along *in*, one of W4A16_AWQ two
+along *out*, in two's complement. With ``pre_quant_scale [in]`` the layer multiplies its input by that: each column of
+the weight is multiplied here, which no packed format holds. The second scale of W4A8_AWQ is not known here.
 
 Source: ``modelopt/torch/export/quant_utils.py`` and ``modelopt/torch/quantization/qtensor``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
-from . import fp8
+from ..fields import check_kinds
+from . import fp8, schemes
+from .affine import affine, dequantize
 from .layer import Decoded, Format, Layer
 from .microscaling import mxfp4, mxfp8, nvfp4
+from .packing import pack
 
 METHODS = ("modelopt",)
 DETAIL = "quant_algo"
@@ -28,17 +39,89 @@ FORMATS = (
         "experts: `nvfp4` on a GPU with mlx-lm 0.32.1 or newer; else float",
         "packed; 16 bits",
     ),
+    Format("ModelOpt W8A16 and W4A16_AWQ", "`weight` in int8 or uint8, float32 `weight_scale`", "affine", "packed"),
+    Format("ModelOpt's AWQ forms", "`pre_quant_scale`", "float", "16 bits"),
 )
 
 
+def check(config: dict[str, Any]) -> None:
+    check_kinds("", config, group_size=int, quantized_layers=dict)
+    schemes.check(config)
+
+
+def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """``quantized_layers`` has the algorithm of single layers, where it is MIXED_PRECISION."""
+    fields = (config.get("quantized_layers") or {}).get(name)
+    return {**config, **fields} if isinstance(fields, dict) else config
+
+
 def decode(layer: Layer) -> Decoded:
+    smooth = layer.take_optional("pre_quant_scale", 1)
+    if smooth is None:
+        return _decode(layer)
+    dtype, layer.dtype, layer.takes_global_scale = layer.dtype, mx.float32, False  # one rounding, at the end
+    tensors, parameters, _ = _decode(layer)
+    weight = dequantize(tensors, parameters, mx.float32) if parameters else tensors["weight"]
+    layer.check("pre_quant_scale", smooth, (weight.shape[-1],))
+    weight = weight * mx.expand_dims(smooth.astype(mx.float32), -2)
+    return Decoded({"weight": weight.astype(dtype)}, None, "AWQ's scales of inputs")
+
+
+def _decode(layer: Layer) -> Decoded:
     algorithm = str(layer.settings.get("quant_algo")).upper()
+    if algorithm == "W4A8_AWQ":
+        raise layer.error("weight", "another format", "W4A8_AWQ, by quant_algo")
     if layer.has("weight_scale_2"):
-        return nvfp4(layer, layer.take("weight", 2), layer.take("weight_scale"), layer.number("weight_scale_2"))
+        return _nvfp4(layer, algorithm)
+    if layer.has("weight", mx.int8):
+        return _int8(layer)
     if layer.has("weight_scale", mx.uint8) and layer.has("weight"):
         return microscaled(layer, layer.take("weight", 2), layer.take("weight_scale", 2), algorithm)
+    if "W4A16_AWQ" in algorithm:
+        return _int4(layer)
     blocks = (128, 128) if algorithm == "FP8_PB_WO" else (0, 0) if algorithm.startswith("FP8") else None
     return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", blocks)
+
+
+def _nvfp4(layer: Layer, algorithm: str) -> Decoded:
+    if "NVFP4" not in algorithm and algorithm not in ("NONE", "MIXED_PRECISION"):
+        raise layer.error("weight_scale_2", "NVFP4 in quantization_config (quant_algo)", repr(algorithm))
+    codes, scales = layer.take("weight", 2), layer.take("weight_scale", 2)
+    size = _group(layer, 2 * layer.shape(codes)[1], layer.shape(scales)[1])
+    return nvfp4(layer, codes, scales, layer.number("weight_scale_2"), size)
+
+
+def _int4(layer: Layer) -> Decoded:
+    pairs, scales = layer.take("weight", 2), layer.floats("weight_scale", 2)
+    rows, inputs = layer.shape(pairs)
+    if pairs.dtype != mx.uint8 or inputs % 8:
+        raise layer.error("weight", "bytes for a multiple of 8 inputs", f"{pairs.dtype}, {inputs} inputs")
+    layer.check("weight_scale", scales, (2 * rows, layer.shape(scales)[1]))
+    size = _group(layer, inputs, layer.shape(scales)[1])
+    # Two's complement with 8 added is the same nibble with the highest bit turned.
+    codes = mx.stack([(pairs & 15) ^ 8, (pairs >> 4) ^ 8], -2).flatten(-3, -2)
+    return affine(layer, pack(codes, 4), scales, None, 4, size)
+
+
+def _int8(layer: Layer) -> Decoded:
+    weight, scales = layer.take("weight", 2), layer.floats("weight_scale", 1)
+    outputs, inputs = layer.shape(weight)
+    layer.check("weight_scale", scales, (outputs,))
+    if inputs % 4:
+        raise layer.error("weight", "a multiple of 4 inputs", inputs)
+    words = pack(weight.view(mx.uint8) ^ 128, 8)
+    return affine(layer, words, mx.expand_dims(scales, -1), None, 8)
+
+
+def _group(layer: Layer, inputs: int, groups: int) -> int:
+    """The size of groups, as the shapes tell it: the description need not, but may not say otherwise."""
+    weights = [(group or {}).get("weights") or {} for group in (layer.settings.get("config_groups") or {}).values()]
+    described = {size for fields in (layer.settings, *weights) if (size := fields.get("group_size"))}
+    size, rest = divmod(inputs, groups)
+    if rest or (described and size not in described):
+        what = f"groups of {' or '.join(map(str, sorted(described))) or 'one size'} of {inputs} inputs"
+        raise layer.error("weight_scale", what, f"{groups} groups")
+    return size
 
 
 def microscaled(layer: Layer, codes: mx.array, scales: mx.array, algorithm: str) -> Decoded:

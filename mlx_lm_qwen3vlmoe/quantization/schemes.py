@@ -1,0 +1,142 @@
+"""The description of compressed-tensors, ``config_groups``: each a scheme for the layers that its targets name.
+
+A scheme has ``type`` (int or float), ``num_bits``, ``symmetric`` and a ``strategy``, which says what shares a scale:
+
+| ``strategy``            | share a scale                              | shape of the scales                  |
+|-------------------------|--------------------------------------------|--------------------------------------|
+| ``tensor``              | all                                        | ``[1]``                              |
+| ``channel``             | an output                                  | ``[out, 1]``                         |
+| ``group, tensor_group`` | ``group_size`` neighbors of an output      | ``[out, ⌈in / g⌉]``                  |
+| ``block``               | ``block_structure``, outputs by inputs     | ``[⌈out / high⌉, ⌈in / wide⌉]``      |
+
+Source: ``compressed_tensors/quantization/quant_args.py`` and ``compressors/format.py`` of compressed-tensors 0.20.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from ..fields import check_block, check_kinds, description_error
+from .fp8 import spread
+from .layer import Layer
+
+Scheme = dict[str, Any]
+_FORMATS = (
+    *("dense", "mixed-precision", "naive-quantized", "int-quantized", "float-quantized", "pack-quantized"),
+    *("mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized"),
+)
+
+
+def check(config: dict[str, Any]) -> None:
+    check_kinds("", config, config_groups=dict)
+    if (form := config.get("format") or "dense") not in _FORMATS:
+        raise description_error("format", f"one of {', '.join(_FORMATS)}", form)
+    for key, group in (config.get("config_groups") or {}).items():
+        check_kinds("config_groups.", {key: group}, **{key: dict})
+        check_kinds(where := f"config_groups.{key}.", group or {}, weights=dict, targets=list)
+        weights = (group or {}).get("weights") or {}
+        check_kinds(f"{where}weights.", weights, num_bits=int, group_size=int, strategy=str, symmetric=bool)
+        check_block(f"{where}weights.", weights, "block_structure")
+
+
+def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
+    groups = [group for group in (config.get("config_groups") or {}).values() if group and group.get("weights")]
+    named = [group["weights"] for group in groups if any(_named(t, name) for t in group.get("targets") or [])]
+    schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+    return {**config, "schemes": schemes}
+
+
+def _named(target: Any, name: str) -> bool:
+    if not str(target).startswith("re:"):
+        return target == name
+    try:
+        return re.match(target[3:], name) is not None
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config: targets: expected a regular expression, found {target[3:]!r} ({error}). "
+            "Take config.json from the original checkpoint."
+        ) from None
+
+
+def schemes_for(layer: Layer, kind: str, *bits: int) -> list[Scheme]:
+    """The schemes that may apply, of a type and numbers of bits; raises `CheckpointError` where all are of others."""
+    schemes: list[Scheme] = layer.settings.get("schemes") or []
+    fitting = [s for s in schemes if s.get("type", kind) == kind and (not bits or s.get("num_bits") in bits)]
+    if schemes and not fitting:
+        found = ", ".join(f"{scheme.get('type')} of {scheme.get('num_bits')} bits" for scheme in schemes)
+        numbers = f" of {' or '.join(map(str, bits))} bits" if bits else ""
+        raise layer.error("weight", f"a scheme for {kind}{numbers} in config_groups", found)
+    return fitting
+
+
+def scheme_of_words(layer: Layer, scales: mx.array, stream: tuple[int, int], zeros: mx.array | None) -> Scheme:
+    """The one scheme that packed integers fit: ``stream`` is the outputs, and the bits of one."""
+    outputs, size = stream
+    fitting = {
+        scheme["num_bits"]: scheme
+        for scheme in reversed(schemes_for(layer, "int"))
+        if isinstance(bits := scheme.get("num_bits"), int)
+        and size % bits == 0
+        and grid_of(layer, scales, scheme, (outputs, size // bits))
+        and (zeros is None or layer.shape(zeros)[:1] == (outputs * bits // 32,))
+    }
+    if not fitting and len(found := layer.shape(scales)) == 2 and found[0] not in (1, outputs):
+        raise layer.error("weight_scale", f"the shape {[outputs, found[1]]}, or that of blocks", list(found))
+    if len(fitting) != 1:
+        shapes = f"{[outputs, size // 32]} with scales {list(layer.shape(scales))}"
+        raise layer.error(
+            "weight_packed",
+            "to fit one scheme of config_groups",
+            f"{shapes}, which fits {sorted(fitting) or 'no'} bits",
+        )
+    (scheme,) = fitting.values()
+    return scheme
+
+
+def block_of(scheme: Scheme) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None for the whole tensor, or one a row."""
+    strategy = scheme.get("strategy")
+    if (structure := scheme.get("block_structure")) and strategy in ("block", None):
+        return structure[0], structure[1]
+    if (size := scheme.get("group_size") or 0) > 0 and strategy in ("group", "tensor_group", None):
+        return 1, size
+    return None
+
+
+def width_of(scheme: Scheme) -> int | None:
+    """The size of groups."""
+    block = block_of(scheme)
+    return block[1] if block else None
+
+
+def grid_of(layer: Layer, scales: mx.array, scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """The shape that scales have by a scheme, in blocks; None if these have not."""
+    found = layer.shape(scales)
+    if block := block_of(scheme):
+        expected = math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+        return expected if found == expected else None
+    strategy = scheme.get("strategy")
+    if strategy != "channel" and all(axis == 1 for axis in found):
+        return 1, 1
+    return (shape[0], 1) if strategy != "tensor" and found in ((shape[0],), (shape[0], 1)) else None
+
+
+def of_each_output(
+    layer: Layer, scales: mx.array, scheme: Scheme, shape: tuple[int, int], suffix: str = "weight_scale"
+) -> mx.array:
+    """Scales or zero points of any strategy → ``[out, groups]``."""
+    grid, block = grid_of(layer, scales, scheme, shape), block_of(scheme)
+    if grid is None:
+        expected = [[math.ceil(shape[n] / block[n]) for n in (0, 1)]] if block else [[shape[0], 1], [1]]
+        if not block and (strategy := scheme.get("strategy")) in ("channel", "tensor"):
+            expected = expected[:1] if strategy == "channel" else expected[1:]
+        what = f"the shape {' or '.join(map(str, expected))}, by config_groups"
+        raise layer.error(suffix, what, list(layer.shape(scales)))
+    high = block[0] if block else 1 if grid[0] == shape[0] else shape[0]
+    return spread(scales.reshape(*layer.lead, *grid), -2, shape[0], high, 1)
