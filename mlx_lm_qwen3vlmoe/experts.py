@@ -138,7 +138,10 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
     parts: dict[str, Decoded] = {}
     for name, tensors in fused.items():
         path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
-        tensors = {s: mx.broadcast_to(a.reshape(1, 1, 1), (e, 1, 1)) if a.size == 1 else a for s, a in tensors.items()}
+        tensors = {
+            s: mx.broadcast_to(a.reshape(1, 1, 1), (e, 1, 1)) if a.shape in ((), (1,)) else a
+            for s, a in tensors.items()
+        }
         if name == "down_proj":
             parts[name] = _oriented(decode(path, tensors, (e,)), in_out)
         # Codes are cut before they are decoded: what waits for the other half is then small.
@@ -151,6 +154,11 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
             for projection, weight in zip(("gate_proj", "up_proj"), cut, strict=True):
                 parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out)
     return parts
+
+
+def _of_each(array: mx.array, experts: int) -> mx.array:
+    """One number for all experts → ``[E, 1, 1]``; other arrays as they are."""
+    return mx.broadcast_to(array.reshape(1, 1, 1), (experts, 1, 1)) if array.shape in ((), (1,)) else array
 
 
 def _oriented(decoded: Decoded, in_out: bool) -> Decoded:
@@ -254,10 +262,7 @@ def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decod
             f"found {list(shapes[wrong][1:])}. "
             "Are hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
         )
-    floats = {
-        projection: decode.as_float(decoded, "cut along the wrong axis") for projection, decoded in stacked.items()
-    }
-    arrays = {projection: decoded.tensors["weight"] for projection, decoded in floats.items()}
+    arrays = {name: decode.as_float(decoded, "cut along the wrong axis") for name, decoded in stacked.items()}
     gate, up = mx.split(mx.concatenate([arrays["gate_proj"], arrays["up_proj"]], -2), 2, -1)
     whole = {"gate_proj": gate, "up_proj": up, "down_proj": arrays["down_proj"]}
     return {projection: Decoded({"weight": as_out_in(array)}) for projection, array in whole.items()}

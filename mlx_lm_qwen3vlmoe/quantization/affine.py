@@ -106,13 +106,16 @@ def ungrouped(
 
 def group_size_of(layer: Layer, inputs: int, groups: int, described: int | None) -> int:
     """The size of a group, whose last may be cut short; raises `CheckpointError` where the description is not met."""
-    if described is None or described <= 0:
-        if inputs % groups:
-            raise layer.error("weight", f"groups of equal size of {inputs} inputs", f"{groups} groups")
-        return inputs // groups
-    if groups == 1 and described >= inputs:
+    if not isinstance(described, int):
+        described = None
+    if groups == 1 and (described is None or described <= 0 or described >= inputs):
         return inputs
-    if groups != math.ceil(inputs / described):
+    if described is None or described <= 0:
+        what = "group_size in quantization_config, a number" if described is None else "one group"
+        raise layer.error("weight", what, f"{groups} groups of {inputs} inputs")
+    # No tool has groups of other sizes than powers of two, where a wrong one could pass for a last group cut short.
+    cut_short = inputs % described and not described & (described - 1)
+    if groups != math.ceil(inputs / described) or (inputs % described and not cut_short):
         raise layer.error("weight", f"groups of {described} of {inputs} inputs", f"{groups} groups")
     return described
 

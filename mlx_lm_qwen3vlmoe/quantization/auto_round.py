@@ -63,9 +63,11 @@ def decode(layer: Layer) -> Decoded:
     if layer.has("qweight"):
         if packing in ("awq", "auto_awq"):
             return awq.words_along_outputs(layer)
+        extra = (layer.settings.get("extra_config") or {}).values()
+        described = {layer.settings.get("bits"), *(own.get("bits") for own in extra if isinstance(own, dict))}
         if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or layer.settings.get("packing_format") is None:
             raise _unknown(layer, "qweight", "auto_round, auto_round:auto_gptq, …:gptqmodel or …:auto_awq")
-        return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"))
+        return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"), described=described)
     if layer.has("weight_packed"):
         if kind == "mx_int":
             return _mxint4(layer)
@@ -79,7 +81,11 @@ def decode(layer: Layer) -> Decoded:
         return compressed_tensors.decode(layer)
     if layer.has("weight_scale", mx.uint8):
         return compressed_tensors.decode(layer)
-    return fp8.decode(layer)
+    if layer.has("weight_scale_inv"):
+        return fp8.decode(layer)
+    size = layer.settings.get("group_size")
+    shared = {0: fp8.TENSOR, -1: fp8.CHANNEL}.get(size) if isinstance(size, int) else None
+    return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", shared)
 
 
 def _unknown(layer: Layer, suffix: str, expected: str) -> Exception:

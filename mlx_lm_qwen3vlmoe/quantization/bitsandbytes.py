@@ -45,6 +45,8 @@ def decode(layer: Layer) -> Decoded:
 
 def _rows(layer: Layer) -> Decoded:
     codes, scales = layer.take("weight", 2), layer.floats("SCB", 1)
+    if codes.dtype != mx.int8:
+        raise layer.error("weight", "8-bit integers", codes.dtype)
     layer.check("SCB", scales, layer.shape(codes)[:1])
     order = layer.take_optional("weight_format")
     if order is not None and not layer.planning and mx.any(order != 0).item():

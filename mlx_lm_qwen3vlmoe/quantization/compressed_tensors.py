@@ -37,6 +37,7 @@ from .schemes import (
     scheme_of_words,
     schemes_for,
     settings,
+    shared_by,
     width_of,
 )
 
@@ -164,8 +165,4 @@ def _floats(layer: Layer) -> Decoded:
     if schemes and schemes[0].get("scale_dtype") == "torch.uint8":
         raise layer.error("weight_scale", "powers of two (uint8), by scale_dtype", layer.take("weight_scale").dtype)
     suffix = "weight_scale_inv" if layer.has("weight_scale_inv") else "weight_scale"
-    scale = layer.tensors.get(suffix)
-    if schemes and scale is not None and schemes[0].get("strategy") in ("tensor", "channel"):
-        outputs, inputs = layer.shape(weight)
-        of_each_output(layer, scale, schemes[0], (outputs, inputs))
-    return fp8.scaled(layer, weight, suffix, (block_of(schemes[0]) or (0, 0)) if schemes else None)
+    return fp8.scaled(layer, weight, suffix, shared_by(schemes[0]) if schemes else None)

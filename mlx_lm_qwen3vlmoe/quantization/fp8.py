@@ -36,6 +36,7 @@ FORMATS = (
         "packed",
     ),
 )
+TENSOR, CHANNEL = (0, 0), (1, 0)
 _BLOCK = (128, 128)  # of the official releases; where nothing is said, the shape has to fit it
 
 
@@ -45,6 +46,8 @@ def check(config: dict[str, Any]) -> None:
 
 def decode(layer: Layer) -> Decoded:
     suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
+    if layer.has(suffix, mx.uint8) and layer.settings.get("scale_fmt", "ue8m0") != "ue8m0":
+        raise layer.error(suffix, "floats, by scale_fmt in quantization_config", mx.uint8)
     return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
 
 
@@ -52,8 +55,8 @@ def scaled(layer: Layer, weight: mx.array, suffix: str, block: tuple[int, int] |
     """e4m3 times the scale of that name.
 
     Args:
-        block: rows and columns that share a scale, as described; ``(0, 0)`` where the description rules blocks out;
-            None where it says nothing.
+        block: rows and columns that share a scale, as described, where 0 is all of them: `TENSOR`, `CHANNEL` or blocks;
+            None where the description says nothing.
     """
     scale = layer.take(suffix)
     if weight.dtype != loaded_e4m3():
@@ -81,17 +84,15 @@ def _in_blocks(
     if len(found) == 4 and found[1] == found[3] == 1:  # ModelOpt's
         scale = scale.squeeze((-3, -1))
         found = layer.shape(scale)
-    high, wide = block or _BLOCK
-    grid = _grid(rows, columns, high, wide) if high else None
-    single = all(axis == 1 for axis in found)
-    if found == grid or (single and grid == (1, 1)):
-        return scale.reshape(*layer.lead, *grid), high, wide
-    if not (block and high):
-        if single:
-            return scale.reshape(*layer.lead, 1, 1), rows, columns
-        if found in ((rows,), (rows, 1)):
-            return scale.reshape(*layer.lead, rows, 1), 1, columns
-    expected = [list(grid)] if block and grid else [[1], [rows, 1]]
+    expected = []
+    for high, wide in [_BLOCK, TENSOR, CHANNEL] if block is None else [block]:
+        high, wide = high or rows, wide or columns
+        grid = _grid(rows, columns, high, wide)
+        # One number may be written in any way, and a column without its axis; but not in ``weight_scale_inv``'s blocks.
+        flat = (rows,) if grid == (rows, 1) else (1,) * len(found) if grid == (1, 1) else grid
+        if found == grid or (found == flat and not (suffix == "weight_scale_inv" and block and block[0] and block[1])):
+            return scale.reshape(*layer.lead, *grid), high, wide
+        expected.append(list(grid))
     raise layer.error(suffix, f"the shape {' or '.join(map(str, expected))}", list(found))
 
 
@@ -99,8 +100,8 @@ def described_block(settings: dict[str, Any]) -> tuple[int, int] | None:
     """What `scaled` takes as ``block``, from ``weight_block_size``."""
     if "weight_block_size" not in settings:
         return None
-    block = settings["weight_block_size"] or (0, 0)
-    return block[0], block[1]
+    high, wide = settings["weight_block_size"] or TENSOR
+    return high, wide
 
 
 def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.array:

@@ -15,6 +15,7 @@ Source: ``gptqmodel/nn_modules/qlinear`` and ``gptqmodel/utils/planar_packing.py
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
@@ -55,19 +56,28 @@ def decode(layer: Layer) -> Decoded:
     named = layer.settings.get("format", "gptq")
     form = layer.setting("checkpoint_format", ", ".join(known), *known, default=named)
     planes = (3, 5, 6, 7) if form == "gptq_p" else (5, 6, 7)
-    return words_along_inputs(layer, stored_less_one=form == "gptq", planes=planes)
+    described = {layer.settings.get("bits")}
+    return words_along_inputs(layer, stored_less_one=form == "gptq", planes=planes, described=described)
 
 
-def words_along_inputs(layer: Layer, stored_less_one: bool, planes: tuple[int, ...] = ()) -> Decoded:
-    """The layout of GPTQ, with zero points as they are or less one; with some bits in planes, and zeros as they are."""
+def words_along_inputs(
+    layer: Layer, stored_less_one: bool, planes: tuple[int, ...] = (), described: Collection[Any] = (None,)
+) -> Decoded:
+    """The layout of GPTQ, with zero points as they are or less one.
+
+    Args:
+        planes: numbers of bits that are stored in planes, with zero points as they are.
+        described: the numbers of bits that the description has; None among them stands for any.
+    """
     qweight, qzeros, scales = layer.words("qweight", 2), layer.words("qzeros", 2), layer.floats("scales", 2)
     g_idx = layer.take_optional("g_idx", 1)
     if g_idx is None and layer.settings.get("desc_act"):
         layer.take("g_idx")
     (rows, _), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
     bits, rest = divmod(layer.shape(qzeros)[1] * 32, outputs)
-    if rest or not 2 <= bits <= 8:
-        what = f"2 to 8 bits for each of {outputs} outputs"
+    if rest or not 2 <= bits <= 8 or not {bits, None}.intersection(described):
+        known = "2 to 8" if None in described else " or ".join(map(str, sorted(described, key=str)))
+        what = f"{known} bits for each of {outputs} outputs"
         raise layer.error("qzeros", what, list(layer.shape(qzeros)))
     layer.check("qweight", qweight, (rows, outputs))
     layer.check("qzeros", qzeros, (groups, outputs * bits // 32))

@@ -28,6 +28,8 @@ def mxfp6(layer: Layer, codes: mx.array, scales: mx.array, kind: str) -> Decoded
     Every code is an e4m3 code as well, so it becomes mxfp8.
     """
     size = layer.shape(codes)[1]
+    if codes.dtype != mx.uint8:
+        raise layer.error("weight", "bytes", codes.dtype)
     if size % 24:
         raise layer.error("weight", "three bytes for four of a multiple of 32 inputs", list(layer.shape(codes)))
     triples = codes.reshape(*codes.shape[:-1], -1, 3)

@@ -79,8 +79,8 @@ def _decode(layer: Layer) -> Decoded:
         return microscaled(layer, layer.take("weight", 2), layer.take("weight_scale", 2), algorithm)
     if "W4A16_AWQ" in algorithm:
         return _int4(layer)
-    blocks = (128, 128) if algorithm == "FP8_PB_WO" else (0, 0) if algorithm.startswith("FP8") else None
-    return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", blocks)
+    shared = {"FP8": fp8.TENSOR, "FP8_PER_CHANNEL_PER_TOKEN": fp8.CHANNEL, "FP8_PB_WO": (128, 128)}
+    return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", shared.get(algorithm))
 
 
 def _nvfp4(layer: Layer, algorithm: str) -> Decoded:
@@ -118,8 +118,8 @@ def _group(layer: Layer, inputs: int, groups: int) -> int:
     weights = [(group or {}).get("weights") or {} for group in (layer.settings.get("config_groups") or {}).values()]
     described = {size for fields in (layer.settings, *weights) if (size := fields.get("group_size"))}
     size, rest = divmod(inputs, groups)
-    if rest or (described and size not in described):
-        what = f"groups of {' or '.join(map(str, sorted(described))) or 'one size'} of {inputs} inputs"
+    if rest or size & (size - 1) or (described and size not in described):
+        what = f"groups of {' or '.join(map(str, sorted(described))) or 'a power of two'} of {inputs} inputs"
         raise layer.error("weight_scale", what, f"{groups} groups")
     return size
 

@@ -69,7 +69,7 @@ def decode(layer: Layer) -> Decoded:
     if kinds in (("fp6_e2m3",), ("fp6_e3m2",)) and scale_format == "e8m0":
         return mxfp6(layer, layer.take("weight", 2), layer.take("weight_scale", 2), kinds[0].removeprefix("fp6_"))
     if kinds == ("fp8_e4m3",):
-        return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", (0, 0))
+        return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", _shared(layer))
     if kinds == ("fp4", "fp8_e4m3"):
         return nvfp4(layer, layer.take("weight", 2), layer.take("weight_scale", 2), layer.number("weight_scale_2"))
     if kinds in (("int8",), ("uint8",)):
@@ -85,6 +85,12 @@ def decode(layer: Layer) -> Decoded:
     if scale_format == "e5m3":
         found = f"amdfp4 ({found})"
     raise layer.error("weight", f"{known} in quantization_config (dtype)", found or "none")
+
+
+def _shared(layer: Layer) -> tuple[int, int] | None:
+    """What shares a scale, by the description."""
+    schemes = {"per_tensor": fp8.TENSOR, "per_channel": fp8.CHANNEL}
+    return schemes.get(str(layer.settings["stages"][0].get("qscheme")))
 
 
 def _eight_bits(layer: Layer, signed: bool) -> Decoded:

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..fields import check_block, check_kinds, description_error
-from .fp8 import spread
+from .fp8 import CHANNEL, TENSOR, spread
 from .layer import Layer
 
 Scheme = dict[str, Any]
@@ -107,6 +107,11 @@ def block_of(scheme: Scheme) -> tuple[int, int] | None:
     if (size := scheme.get("group_size") or 0) > 0 and strategy in ("group", "tensor_group", None):
         return 1, size
     return None
+
+
+def shared_by(scheme: Scheme) -> tuple[int, int] | None:
+    """The same in the terms of `fp8.scaled`."""
+    return block_of(scheme) or {"tensor": TENSOR, "channel": CHANNEL}.get(str(scheme.get("strategy")))
 
 
 def width_of(scheme: Scheme) -> int | None:

@@ -84,7 +84,7 @@ def _integers(layer: Layer, codes: mx.array, bits: int) -> Decoded:
         if zeros.dtype != mx.int8 and not mx.issubdtype(zeros.dtype, mx.floating):
             raise layer.error("_weight_zero_point", "int8 or floats", zeros.dtype)
         zeros = mx.broadcast_to(zeros, (*layer.lead, outputs, groups))
-    return signed(layer, codes, mx.broadcast_to(scales, (*layer.lead, outputs, groups)), zeros, bits)
+    return signed(layer, codes, mx.broadcast_to(scales, (*layer.lead, outputs, groups)), zeros, bits, inputs // groups)
 
 
 def _bits(dtype: Any) -> int:

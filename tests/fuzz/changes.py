@@ -86,6 +86,7 @@ DESCRIBED = {
     "pack_method": "the order of the numbers in a word",
     "layer_quant_config": "Quark's types of one width look alike",
     "global_quant_config": "the same",
+    "pre_quant_scale": "ModelOpt folds it into other weights, where it can",
     "quant_type": "torchao's integers of 4 and 8 bits look alike",
 }
 
