@@ -64,8 +64,9 @@ def decode(layer: Layer) -> Decoded:
         if packing in ("awq", "auto_awq"):
             return awq.words_along_outputs(layer)
         extra = (layer.settings.get("extra_config") or {}).values()
-        fields = [layer.settings, *(own for own in extra if isinstance(own, dict))]
-        described = {bits for own in fields if isinstance(bits := own.get("bits"), int) or bits is None}
+        described = {own["bits"] for own in extra if isinstance(own, dict) and isinstance(own.get("bits"), int)}
+        own = layer.settings.get("bits")
+        described.add(own if isinstance(own, int) else None)
         if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or layer.settings.get("packing_format") is None:
             raise _unknown(layer, "qweight", "auto_round, auto_round:auto_gptq, …:gptqmodel or …:auto_awq")
         return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"), described=described)
