@@ -45,6 +45,9 @@ def check(config: dict[str, Any]) -> None:
 
 def decode(layer: Layer) -> Decoded:
     suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
+    form = layer.settings.get("scale_fmt") or "ue8m0"
+    if layer.has(suffix, mx.uint8) and form != "ue8m0":
+        raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
     return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
 
 
