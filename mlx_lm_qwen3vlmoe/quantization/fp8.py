@@ -110,7 +110,8 @@ def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.
     """One number a block along an axis of ``size`` → one a piece of it, where pieces divide the blocks and the axis."""
     if piece == block:
         return scale
-    return mx.take(scale, mx.arange(0, size, piece) // block, axis)
+    # MLX 0.29 takes wrong numbers of what was taken along another axis, unless that is contiguous.
+    return mx.contiguous(mx.take(scale, mx.arange(0, size, piece) // block, axis))
 
 
 def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
