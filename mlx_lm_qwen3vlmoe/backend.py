@@ -185,7 +185,7 @@ def _widened(weight: mx.array) -> mx.array | None:
     try:
         buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
         strides: Any = memoryview(buffer).strides
-    except RuntimeError:  # traced by mx.compile
+    except (RuntimeError, ValueError):  # traced by mx.compile
         return None
     _announce_cast(weight.dtype)
     if strides[-2] < strides[-1]:

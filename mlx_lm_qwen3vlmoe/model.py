@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_moe
+from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
 from . import __version__, backend, parallel
@@ -57,7 +58,7 @@ class Pipeline:
         """
         decoder: Any = self.decoder()
         parallel.check(group.size(), "pipeline", {"num_hidden_layers": decoder.num_hidden_layers})
-        type(decoder).pipeline(decoder, group, *arguments, **options)
+        Qwen3MoeModel.pipeline(decoder, group, *arguments, **options)
         with backend.planned():  # not computed: only the dtype is looked at
             h = decoder.embed_tokens(mx.array([[0]]))
             for layer in decoder.pipeline_layers:

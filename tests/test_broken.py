@@ -393,7 +393,7 @@ FOUND_TWO = "found two"
         pytest.param(
             "awq-g32-bf16",
             cut(f"{EXPERT}.up_proj.scales", 2),
-            ["layers.2.mlp.experts.1.up_proj", "[2, 8]", "found [3, 8]"],
+            ["layers.2.mlp.experts.1.up_proj.scales", "groups of 32 of 96", "found 2 groups"],
             id="awq-a-group-too-few",
         ),
         pytest.param(

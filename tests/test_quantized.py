@@ -301,6 +301,37 @@ def test_an_unknown_description_is_refused(description, message):
         ModelArgs.from_dict(config)
 
 
+@pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL"])
+def test_modelopts_8_bit_integers_are_packed(algorithm):
+    weight = mx.random.randint(-128, 128, (8, 64), dtype=mx.int8)
+    scales = mx.random.uniform(0.5, 1, (8,))
+    tensors = {"weight": weight, "weight_scale": scales, "input_scale": mx.ones(1)}
+    packed, parameters, _ = decode(tensors, {"quant_method": "modelopt", "quant_algo": algorithm})
+    assert parameters == {"group_size": 64, "bits": 8}
+    assert mx.allclose(
+        quantization.dequantize(packed, parameters, mx.float32), weight * scales[:, None], rtol=1e-6, atol=1e-4
+    )
+
+
+def test_modelopts_awq_without_scales_of_inputs_is_packed():
+    """The tool may have them in the layer before."""
+    stored = mx.load(str(QUANTIZED / "modelopt-int4-awq" / "model.safetensors"))
+    prefix = "model.language_model.layers.0.self_attn.o_proj."
+    tensors = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
+    settings = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32}
+    whole, parameters, _ = decode(tensors, settings)
+    assert parameters is None
+    smooth = tensors.pop("pre_quant_scale")
+    packed, parameters, _ = decode(tensors, settings)
+    assert parameters == {"group_size": 32, "bits": 4}
+    found = quantization.dequantize(packed, parameters, mx.float32) * smooth
+    assert mx.allclose(found, whole["weight"], rtol=1e-6, atol=1e-7)
+    with pytest.raises(CheckpointError, match=r"layer\.weight_scale: expected groups of 64 of 64 inputs, found 2"):
+        decode(tensors, settings | {"group_size": 64})
+    with pytest.raises(CheckpointError, match=r"layer\.weight: expected another format, found W4A8_AWQ"):
+        decode(tensors, settings | {"quant_algo": "W4A8_AWQ"})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_path, error_in_the_unchanged_host):
     from mlx_lm.utils import save_config, save_model

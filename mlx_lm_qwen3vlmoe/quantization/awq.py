@@ -62,6 +62,9 @@ def words_along_outputs(layer: Layer, described: int | None = None) -> Decoded:
     (inputs, words), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
     if described:
         layer.check("scales", scales, (groups, words * 32 // described))
+        size = layer.settings.get("group_size") or -1
+        if size > 0 and groups > 1 and size * groups != inputs:
+            raise layer.error("scales", f"groups of {size} of {inputs} inputs", f"{groups} groups")
     bits, rest = divmod(words * 32, outputs)
     if rest or not 4 <= bits <= 7 or outputs % 8:
         raise layer.error("qweight", f"4 to 7 bits for each of {outputs} outputs", list(layer.shape(qweight)))

@@ -150,8 +150,9 @@ def _packed_floats(layer: Layer) -> Decoded:
 
 
 def _check_group(layer: Layer, schemes: list[Scheme], size: int) -> None:
-    if schemes and all(width_of(scheme) not in (size, None) for scheme in schemes):
-        raise layer.error("weight_packed", f"groups of {size}, by config_groups", width_of(schemes[0]))
+    if schemes and all(width_of(scheme) != size for scheme in schemes):
+        strategy = f"{schemes[0].get('strategy')} {width_of(schemes[0]) or ''}".strip()
+        raise layer.error("weight_scale", f"groups of {size} in config_groups", strategy)
 
 
 def _floats(layer: Layer) -> Decoded:

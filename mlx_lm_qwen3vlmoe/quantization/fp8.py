@@ -46,8 +46,9 @@ def check(config: dict[str, Any]) -> None:
 
 def decode(layer: Layer) -> Decoded:
     suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
-    if layer.has(suffix, mx.uint8) and layer.settings.get("scale_fmt", "ue8m0") != "ue8m0":
-        raise layer.error(suffix, "floats, by scale_fmt in quantization_config", mx.uint8)
+    form = layer.settings.get("scale_fmt") or "ue8m0"
+    if layer.has(suffix, mx.uint8) and form != "ue8m0":
+        raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
     return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
 
 
@@ -108,7 +109,8 @@ def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.
     """One number a block along an axis of ``size`` → one a piece of it, where pieces divide the blocks and the axis."""
     if piece == block:
         return scale
-    return mx.take(scale, mx.arange(0, size, piece) // block, axis)
+    # MLX 0.29 takes wrong numbers of what was taken along another axis, unless that is contiguous.
+    return mx.contiguous(mx.take(scale, mx.arange(0, size, piece) // block, axis))
 
 
 def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:

@@ -41,6 +41,9 @@ FORMATS = (
 
 def check(config: dict[str, Any]) -> None:
     check_kinds("", config, dynamic=dict, group_size=int)
+    for rule, fields in (config.get("dynamic") or {}).items():
+        if isinstance(fields, dict):
+            check_kinds(f"dynamic.{rule}.", fields, bits=int, group_size=int)
 
 
 def settings(config: dict[str, Any], name: str) -> dict[str, Any]:

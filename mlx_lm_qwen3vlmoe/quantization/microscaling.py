@@ -15,6 +15,8 @@ from .numbers import e2m1, e4m3, e8m0, has_mode, loaded_e4m3, six_bits_as_e4m3
 def mxfp4(layer: Layer, codes: mx.array, scales: mx.array) -> Decoded:
     """``w = e2m1 * 2 ** (s - 127)``: bytes ``[out, in / 2]``, low nibble first, and scales ``[out, in / 32]``."""
     outputs, size = layer.shape(codes)
+    if codes.dtype != mx.uint8:
+        raise layer.error("weight", "two values a byte (uint8)", codes.dtype)
     layer.check("weight_scale", _bytes(layer, scales), (outputs, _groups(layer, size, 16)))
     if has_mode("mxfp4"):
         tensors = {"weight": codes.view(mx.uint32), "scales": scales}
@@ -28,10 +30,9 @@ def mxfp6(layer: Layer, codes: mx.array, scales: mx.array, kind: str) -> Decoded
     Every code is an e4m3 code as well, so it becomes mxfp8.
     """
     size = layer.shape(codes)[1]
-    if codes.dtype != mx.uint8:
-        raise layer.error("weight", "bytes", codes.dtype)
-    if size % 24:
-        raise layer.error("weight", "three bytes for four of a multiple of 32 inputs", list(layer.shape(codes)))
+    if codes.dtype != mx.uint8 or size % 24:
+        found = f"{codes.dtype} {list(layer.shape(codes))}"
+        raise layer.error("weight", "three bytes (uint8) for four of a multiple of 32 inputs", found)
     triples = codes.reshape(*codes.shape[:-1], -1, 3)
     first, second, third = (triples[..., i] for i in range(3))
     fours = [first & 63, (first >> 6) | ((second & 15) << 2), (second >> 4) | ((third & 3) << 4), third >> 2]

@@ -46,6 +46,9 @@ FORMATS = (
 
 def check(config: dict[str, Any]) -> None:
     check_kinds("", config, group_size=int, quantized_layers=dict)
+    for name, fields in (config.get("quantized_layers") or {}).items():
+        if isinstance(fields, dict):
+            check_kinds(f"quantized_layers.{name}.", fields, group_size=int)
     schemes.check(config)
 
 
@@ -74,7 +77,7 @@ def _decode(layer: Layer) -> Decoded:
     if layer.has("weight_scale_2"):
         return _nvfp4(layer, algorithm)
     if layer.has("weight", mx.int8):
-        return _int8(layer)
+        return _int8(layer, algorithm)
     if layer.has("weight_scale", mx.uint8) and layer.has("weight"):
         return microscaled(layer, layer.take("weight", 2), layer.take("weight_scale", 2), algorithm)
     if "W4A16_AWQ" in algorithm:
@@ -83,9 +86,14 @@ def _decode(layer: Layer) -> Decoded:
     return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", shared.get(algorithm))
 
 
+def _check_algorithm(layer: Layer, suffix: str, algorithm: str, *known: str) -> None:
+    """One of these is part of its name, or it is not described, or of each layer (in hf_quant_config.json)."""
+    if not any(name in algorithm for name in (*known, "NONE", "MIXED_PRECISION")):
+        raise layer.error(suffix, f"{' or '.join(known)} in quantization_config (quant_algo)", repr(algorithm))
+
+
 def _nvfp4(layer: Layer, algorithm: str) -> Decoded:
-    if "NVFP4" not in algorithm and algorithm not in ("NONE", "MIXED_PRECISION"):
-        raise layer.error("weight_scale_2", "NVFP4 in quantization_config (quant_algo)", repr(algorithm))
+    _check_algorithm(layer, "weight_scale_2", algorithm, "NVFP4")
     codes, scales = layer.take("weight", 2), layer.take("weight_scale", 2)
     size = _group(layer, 2 * layer.shape(codes)[1], layer.shape(scales)[1])
     return nvfp4(layer, codes, scales, layer.number("weight_scale_2"), size)
@@ -103,7 +111,8 @@ def _int4(layer: Layer) -> Decoded:
     return affine(layer, pack(codes, 4), scales, None, 4, size)
 
 
-def _int8(layer: Layer) -> Decoded:
+def _int8(layer: Layer, algorithm: str) -> Decoded:
+    _check_algorithm(layer, "weight", algorithm, "W8A16", "W8A8_SQ")
     weight, scales = layer.take("weight", 2), layer.floats("weight_scale", 1)
     outputs, inputs = layer.shape(weight)
     layer.check("weight_scale", scales, (outputs,))
