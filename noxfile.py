@@ -29,13 +29,14 @@ LIMITS = {
     "test_input_embeddings_stand_in_for_token_ids": "0.28.2",
     "test_benchmark_runs": "0.28.3",  # it looks for vocab_size outside text_config
     "test_gradients_pass_through_them": "0.28.2",  # no input_embeddings
+    "test_lora_of_experts": "0.28.2",  # adapters of experts do not run
     "test_lora_trains_on_a_packed_base_and_fuses": "0.28.3",  # adapters of experts do not run, then do not dequantize
     "test_nvfp4_experts_stay_packed": "0.31.3",  # the second scale is dropped
 }
 # What the MLX of its time cannot do, in the same way.
 MLX_LIMITS = {
-    "test_what_mlx_can_express_stays_packed[ct-mxfp8]": "0.30.2",  # MLX decodes float8 while it loads
-    "test_packed_layers_take_the_memory_of_the_file[ct-mxfp8]": "0.30.2",
+    # MLX decodes float8 while it loads, or has no mxfp8.
+    "((stays_packed or memory_of_the_file) and (mxfp6 or mxfp8))": "0.30.2",
     "fp8-perexpert-ue8m0": "0.31.3",  # MLX cannot load the dtype
     "test_a_broken_quantized_checkpoint_names_the_tensor[fp8-perexpert-change0": "0.30.2",  # the same
     "test_small_floats_are_what_mlx_has": "0.31.3",  # MLX gives no NaN
