@@ -183,10 +183,11 @@ def _widened(weight: mx.array) -> mx.array | None:
     if _planned.get() is not None:
         return None
     try:
-        buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
-        strides: Any = memoryview(buffer).strides
+        mx.eval(weight)
     except (RuntimeError, ValueError):  # traced by mx.compile
         return None
+    buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
+    strides: Any = memoryview(buffer).strides
     _announce_cast(weight.dtype)
     if strides[-2] < strides[-1]:
         wide = weight.swapaxes(-1, -2).astype(mx.float32).swapaxes(-1, -2)

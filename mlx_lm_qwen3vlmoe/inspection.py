@@ -105,6 +105,8 @@ def _layout(tensors: Header) -> str:
     for name, entry in tensors.items():
         if ".switch_mlp." in name:
             return "stacked experts (mlx-lm, mlx-vlm)"
+        if ".experts.gate_up_projs." in name:
+            return "one tensor an expert, gate and up in one (AutoRound)"
         if not (match := re.fullmatch(r"(.+\.experts\.)(gate_up_proj|(?:0\.)?gate_proj(?:\.0)?\.\w+)", name)):
             continue
         gate = entry["shape"]

@@ -30,6 +30,7 @@ from .sanitize import check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
 __all__ = ["Model", "ModelArgs"]  # what the entry point promises
+ModelArgs.__module__ = __name__  # where programs that look at classes find it in mlx-lm's own models
 
 
 def _host_error(what: str) -> HostError:
