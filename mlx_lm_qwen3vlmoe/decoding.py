@@ -79,6 +79,12 @@ class Decoder:
             check_packed(path, tensors, (*words.shape[:-1], inputs), parameters)
         return Decoded(tensors, parameters)
 
+    def stack(self, suffix: str, tensors: list[mx.array]) -> mx.array:
+        """Tensors of alike layers in one; those whose axes change places later are copied that way, and only once."""
+        if suffix in quantization.turned(self.description):
+            return mx.stack([tensor.swapaxes(-1, -2) for tensor in tensors]).swapaxes(-1, -2)
+        return mx.stack(tensors)
+
     def describes_alike(self, paths: list[str]) -> bool:
         """Whether the description says the same of these layers."""
         first, *others = ((self.settings(path), self.own.get(module_name(path))) for path in paths)

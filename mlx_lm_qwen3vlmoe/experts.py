@@ -203,7 +203,7 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
     paths = [f"{path}.{number}.{projection}" for number in range(sizes["num_experts"])]
     first = experts[0]
     if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decode.describes_alike(paths):
-        raw = {suffix: mx.stack([experts[n][suffix] for n in range(len(paths))]) for suffix in first}
+        raw = {suffix: decode.stack(suffix, [experts[n][suffix] for n in range(len(paths))]) for suffix in first}
         return decode(paths[0], raw, (len(paths),))
     single = [decode(each, experts[n]) for n, each in enumerate(paths)]
     shapes = [_shape(each) for each in single]

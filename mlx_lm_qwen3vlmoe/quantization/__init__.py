@@ -7,6 +7,7 @@ words in `packing`. A family has
 - ``METHODS``: the values of ``quant_method``; ``DETAIL``: the field of the description that tells the format;
 - ``TENSORS``: suffixes that mark a layer as quantized, whatever the description says: tools leave layers unquantized
   that their description names, and the reverse;
+- ``TURNED``, if the last two axes of large tensors change places: their suffixes;
 - ``check(config)``, if the description has fields of its own whose types it relies on;
 - ``settings(config, name)``, if the description has fields for single layers;
 - ``decode(layer)``: the tensors of one layer, or of a stack of alike ones, as MLX's.
@@ -17,6 +18,7 @@ bitsandbytes and HQQ describe a layer.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +45,7 @@ __all__ = [
     "is_foreign",
     "settings",
     "title",
+    "turned",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -100,6 +103,11 @@ def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
     """What the description says of a layer; ``name`` as transformers has it, ``model.language_model.layers.…``."""
     family = _BY_METHOD.get(config.get("quant_method"))
     return family.settings(config, name) if hasattr(family, "settings") else config  # type: ignore[union-attr]
+
+
+def turned(config: dict[str, Any]) -> Collection[str]:
+    """The suffixes of tensors whose last two axes `decode` swaps."""
+    return getattr(_BY_METHOD.get(config.get("quant_method")), "TURNED", ())
 
 
 def decode(layer: Layer) -> Decoded:

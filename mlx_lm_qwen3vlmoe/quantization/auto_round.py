@@ -31,6 +31,7 @@ from .numbers import e5m3, e8m0
 METHODS = ("auto-round", "intel/auto-round")
 DETAIL = "packing_format"
 TENSORS = {*gptq.TENSORS, *awq.TENSORS, "weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"}
+TURNED = gptq.TURNED
 FORMATS = (
     Format("AutoRound, 2 to 8 bits", "`qweight`, by `packing_format`", "affine; 7 bits as 8", "packed"),
     Format("AutoRound MXINT4", "MXFP4's tensors, with `data_type` `mx_int`", "affine, 4 bits", "packed"),

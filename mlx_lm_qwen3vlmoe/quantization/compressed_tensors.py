@@ -22,8 +22,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import fp8
-from .affine import BITS, affine, group_size_of, ungrouped
-from .gptq import group_order
+from .affine import BITS, affine
+from .gptq import in_order
 from .layer import Decoded, Format, Layer
 from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
 from .numbers import loaded_e4m3
@@ -80,7 +80,7 @@ def _packed_integers(layer: Layer) -> Decoded:
     zeros, indices = layer.take_optional("weight_zero_point", 0, 1, 2), layer.take_optional("weight_g_idx", 1)
     packed = None if zeros is None or zeros.dtype == mx.int8 else layer.check_words("weight_zero_point", zeros)
     scheme = scheme_of_words(layer, scales, (outputs, size * 32), packed)
-    bits, group_size = scheme["num_bits"], width_of(scheme)
+    bits = scheme["num_bits"]
     inputs = size * 32 // bits
     scales = of_each_output(layer, scales, scheme, (outputs, inputs))
     groups = scales.shape[-1]
@@ -92,12 +92,7 @@ def _packed_integers(layer: Layer) -> Decoded:
         zeros = unpack(mx.contiguous(packed.swapaxes(-1, -2)), bits).swapaxes(-1, -2)
     elif zeros is not None:
         zeros = _signed_zeros(layer, zeros, scheme, (outputs, inputs), bits)
-    if indices is not None:
-        layer.check("weight_g_idx", indices, (inputs,))
-        order = group_order(layer, "weight_g_idx", indices, groups, group_size_of(layer, inputs, groups, group_size))
-        if order is not None:
-            return ungrouped(layer, words, scales, zeros, bits, order, "act-order")
-    return affine(layer, words, scales, zeros, bits, group_size)
+    return in_order(layer, words, scales, zeros, bits, width_of(scheme), "weight_g_idx", indices)
 
 
 def _integers(layer: Layer) -> Decoded:

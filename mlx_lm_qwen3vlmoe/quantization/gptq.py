@@ -28,6 +28,7 @@ from .packing import pack, unpack, unpack_planes
 METHODS = ("gptq",)
 DETAIL = "checkpoint_format"
 TENSORS = {"qweight", "qzeros", "g_idx"}
+TURNED = {"qweight"}
 FORMATS = (
     Format(
         "GPTQ, 2 to 8 bits, `gptq`, `gptq_v2` and `gptq_p`",
@@ -96,13 +97,27 @@ def words_along_inputs(
     else:
         zeros = unpack(qzeros, bits)
     scales, zeros = mx.contiguous(scales.swapaxes(-1, -2)), zeros.swapaxes(-1, -2)
-    group_size = layer.settings.get("group_size")
-    if g_idx is not None:
-        layer.check("g_idx", g_idx, (inputs,))
-        order = group_order(layer, "g_idx", g_idx, groups, group_size_of(layer, inputs, groups, group_size))
+    return in_order(layer, packed, scales, zeros, bits, layer.settings.get("group_size"), "g_idx", g_idx)
+
+
+def in_order(
+    layer: Layer,
+    words: mx.array,
+    scales: mx.array,
+    zeros: mx.array | None,
+    bits: int,
+    group_size: int | None,
+    suffix: str,
+    indices: mx.array | None,
+) -> Decoded:
+    """`affine`, unless the inputs are out of order by ``indices [in]``, their groups: act-order becomes float."""
+    inputs, groups = words.shape[-1] * 32 // bits, scales.shape[-1]
+    if indices is not None:
+        layer.check(suffix, indices, (inputs,))
+        order = group_order(layer, suffix, indices, groups, group_size_of(layer, inputs, groups, group_size))
         if order is not None:
-            return ungrouped(layer, packed, scales, zeros, bits, order, "act-order")
-    return affine(layer, packed, scales, zeros, bits, group_size)
+            return ungrouped(layer, words, scales, zeros, bits, order, "act-order")
+    return affine(layer, words, scales, zeros, bits, group_size)
 
 
 def _one_more(qzeros: mx.array, bits: int) -> mx.array:
