@@ -110,7 +110,7 @@ def test_gptq_of_two_bits_is_closer_to_the_original_than_plain_rounding(calibrat
     )
     original, plain, ours = (logits(model, work, "mlx_lm_qwen3vlmoe.") for model in (TINY, converted["2 bits"], path))
     assert mx.square(ours - original).mean() < 0.7 * mx.square(plain - original).mean()
-    assert_same_in_unchanged_host(path, work, "as stored")
+    assert_same_in_unchanged_host(path, work)
 
 
 def test_gptq_of_four_bits_answers_word_for_word(calibrated, work, tiny_questions):
@@ -126,7 +126,7 @@ def test_dynamic_quant_mixes_four_and_five_bits(calibrated, work, tiny_questions
     assert quantization["bits"] == 4
     assert {"group_size": 64, "bits": 5} in quantization.values()
     assert answer(path, tiny_questions[0]["question"]) == tiny_questions[0]["answer"]
-    assert_same_in_unchanged_host(path, work, "as stored")
+    assert_same_in_unchanged_host(path, work)
 
 
 def test_dwq_brings_three_bits_closer_to_the_original(work, tiny_questions):
@@ -139,7 +139,7 @@ def test_dwq_brings_three_bits_closer_to_the_original(work, tiny_questions):
     )
     first, last = map(float, re.findall(r"Validation: it=\d+, loss=([\d.]+)", done.stderr + done.stdout))
     assert last < first
-    assert_same_in_unchanged_host(path, work, "as stored")
+    assert_same_in_unchanged_host(path, work)
 
 
 def test_dwq_by_default_needs_a_data_set_from_the_hub(work):
@@ -297,7 +297,7 @@ def test_a_quantized_base_learns_with_every_variant_but_full(converted, data, wo
     before, after = train(base, data, adapters, "--fine-tune-type", kind, *on(keys, work), iterations=3)
     assert after < 0.7 * before
     mlx_lm("fuse", "--model", base, "--adapter-path", adapters, "--save-path", fused)
-    assert_same_in_unchanged_host(fused, work, "as stored")
+    assert_same_in_unchanged_host(fused, work)
 
 
 @pytest.mark.parametrize(
