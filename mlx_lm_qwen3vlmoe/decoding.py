@@ -81,7 +81,7 @@ class Decoder:
 
     def stack(self, suffix: str, tensors: list[mx.array]) -> mx.array:
         """Tensors of alike layers in one; those whose axes change places later are copied that way, and only once."""
-        if suffix in quantization.turned(self.description):
+        if suffix in quantization.turned(self.description) and tensors[0].ndim == 2:
             return mx.stack([tensor.swapaxes(-1, -2) for tensor in tensors]).swapaxes(-1, -2)
         return mx.stack(tensors)
 

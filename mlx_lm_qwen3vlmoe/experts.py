@@ -74,10 +74,7 @@ class Experts:
     def decoded(self, sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
         """``gate_proj``, ``up_proj`` and ``down_proj``, stacked as the host has them."""
         if missing := self._first_missing(sizes["num_experts"]):
-            raise MissingTensorError(
-                f"{missing}: expected with the other experts of its layer, found nothing. "
-                "Is a file of the checkpoint missing, or num_experts wrong in config.json?"
-            )
+            raise _missing(missing)
         if self.fused:
             return split(self.mlp, self.fused, sizes, decode)
         stacked = {
@@ -204,8 +201,8 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
     first = experts[0]
     if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decode.describes_alike(paths):
         raw = {suffix: decode.stack(suffix, [experts[n][suffix] for n in range(len(paths))]) for suffix in first}
-        return decode(paths[0], raw, (len(paths),))
-    single = [decode(each, experts[n]) for n, each in enumerate(paths)]
+        return _with_weight(paths[0], decode(paths[0], raw, (len(paths),)))
+    single = [_with_weight(each, decode(each, experts[n])) for n, each in enumerate(paths)]
     shapes = [_shape(each) for each in single]
     ((most, _),) = Counter(shapes).most_common(1)
     for each, shape in zip(paths, shapes, strict=True):
@@ -217,6 +214,19 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
     single = decode.in_common(single)
     tensors = {suffix: mx.stack([each.tensors[suffix] for each in single]) for suffix in single[0].tensors}
     return single[0]._replace(tensors=tensors)
+
+
+def _with_weight(path: str, decoded: Decoded) -> Decoded:
+    if "weight" not in decoded.tensors:
+        raise _missing(f"{path}.weight")
+    return decoded
+
+
+def _missing(name: str) -> MissingTensorError:
+    return MissingTensorError(
+        f"{name}: expected with the other experts of its layer, found nothing. "
+        "Is a file of the checkpoint missing, or num_experts wrong in config.json?"
+    )
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:

@@ -106,6 +106,8 @@ def _int4(layer: Layer) -> Decoded:
         raise layer.error("weight", "bytes for a multiple of 8 inputs", f"{pairs.dtype}, {inputs} inputs")
     layer.check("weight_scale", scales, (2 * rows, layer.shape(scales)[1]))
     size = _group(layer, inputs, layer.shape(scales)[1])
+    if size < 32:  # which the tool does not write, and config.json need not say
+        raise layer.error("weight_scale", "groups of at least 32 inputs", size)
     # Two's complement with 8 added is the same nibble with the highest bit turned.
     codes = mx.stack([(pairs & 15) ^ 8, (pairs >> 4) ^ 8], -2).flatten(-3, -2)
     return affine(layer, pack(codes, 4), scales, None, 4, size)

@@ -54,7 +54,8 @@ def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
     """``stages``: the descriptions of a layer's weight, of which there are two where scales are quantized, too."""
     layers = config.get("layer_quant_config") or {}
     linear = (config.get("layer_type_quant_config") or {}).get("Linear") or config.get("global_quant_config") or {}
-    weight = next((layers[pattern] for pattern in layers if fnmatch.fnmatchcase(name, pattern)), linear).get("weight")
+    own = next((layers[pattern] for pattern in layers if fnmatch.fnmatchcase(name, pattern)), None)
+    weight = (own or linear).get("weight")
     stages = weight if isinstance(weight, list) else [weight]
     if not all(isinstance(stage, dict) for stage in stages):
         stages = []

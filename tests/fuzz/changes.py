@@ -94,8 +94,11 @@ _CLASSES = {"F32": "float", "F16": "float", "BF16": "float", "U32": "I32", "F8_E
 
 
 def signature(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What can be seen of tensors without their values: kind of type (any float for any other) and shape."""
-    return {name: (_CLASSES.get(d, d), array.shape) for name, (d, array) in checkpoint.tensors.items()}
+    """What can be seen of tensors without their values: kind of type (any float for any other) and shape, if any."""
+    return {
+        name: (_CLASSES.get(d, d), array.shape if array.size > 1 else ())
+        for name, (d, array) in checkpoint.tensors.items()
+    }
 
 
 def is_index(name: str, array: Array) -> bool:

@@ -352,6 +352,7 @@ ADAPTED = """
 import sys, mlx.core as mx
 from mlx_lm import load
 model, tokenizer = load(sys.argv[1], adapter_path=sys.argv[2] or None)
+model.set_dtype(mx.float32)
 ids = mx.array([tokenizer.encode("What is a mixture of experts?")])
 mx.save_safetensors(sys.argv[3], {"logits": model(ids).astype(mx.float32)})
 print(type(model).__module__)
@@ -370,7 +371,7 @@ def test_adapters_of_a_quantized_base_give_the_same_logits_with_both(converted, 
         found.append(mx.load(str(out))["logits"])
     without, ours, theirs = found
     assert mx.abs(ours - without).max() > 0.1
-    assert mx.array_equal(ours, theirs)
+    assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 # KV cache
