@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from changes import FITTING, LAST_FILE, MEANINGS, TIED, VALUES, Change, class_of, layer_of
+from changes import DESCRIBED, FITTING, LAST_FILE, MEANINGS, TIED, VALUES, Change, class_of, layer_of, signature
 from checkpoints import Checkpoint, documents, fixtures, original
 from config_mutations import mutate_config, walk
 from tensor_mutations import mutate_tensor
@@ -48,6 +48,11 @@ def mutant(identifier: str, only: int | None = None) -> tuple[Checkpoint, list[C
     shaped = [c.kind.startswith("tensor ") and "index" not in c.kind for c in changes]
     if any(described) and any(shaped):
         changes[-1].excuse = changes[-1].excuse or FITTING
+    if len(changes) == 2 and all(shaped) and signature(checkpoint) == signature(original(name)):
+        changes[-1].excuse = changes[-1].excuse or VALUES  # the second put back what the first took
+    for change in changes:
+        if change.kind.startswith(GONE) and change.target.endswith(".pre_quant_scale"):
+            change.excuse = DESCRIBED["pre_quant_scale"]
     kinds = [change.kind for change in changes]
     if any("doubled" in kind for kind in kinds) and any(kind.startswith(GONE) for kind in kinds):
         changes[-1].excuse = changes[-1].excuse or VALUES
