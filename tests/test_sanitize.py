@@ -318,12 +318,12 @@ def test_time_grows_linearly_with_the_number_of_tensors():
             for p in ("gate", "up", "down")
         }
         sizes = args(num_hidden_layers=layers, num_experts=number)
-        begin = time.perf_counter()
+        begin = time.process_time()
         sanitize(weights, sizes)
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     small = min(seconds(8) for _ in range(5))
-    large = min(seconds(32) for _ in range(3))
+    large = min(seconds(32) for _ in range(5))
     assert large < 4 * small * 1.8
 
 
