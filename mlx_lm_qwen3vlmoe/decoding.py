@@ -96,12 +96,10 @@ class Decoder:
 
     def in_common(self, layers: list[Decoded]) -> list[Decoded]:
         """Layers of one shape, to be stacked, in one format."""
-        common, exact = quantization.common(layers, self.dtype)
-        if not exact:
-            for before, after in zip(layers, common, strict=True):
-                if before.parameters is not None:
-                    self._count(before.tensors, after)
-        return common
+        if (common := quantization.common(layers)) is not None:
+            return common
+        weights = [self.as_float(layer, "experts of one layer in different formats") for layer in layers]
+        return [Decoded({"weight": weight.astype(self.dtype)}) for weight in weights]
 
     def as_float(self, layer: Decoded, why: str) -> mx.array:
         """The weight of a layer that cannot stay packed."""

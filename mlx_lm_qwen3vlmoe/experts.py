@@ -135,10 +135,7 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
     parts: dict[str, Decoded] = {}
     for name, tensors in fused.items():
         path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
-        tensors = {
-            s: mx.broadcast_to(a.reshape(1, 1, 1), (e, 1, 1)) if a.shape in ((), (1,)) else a
-            for s, a in tensors.items()
-        }
+        tensors = {suffix: _of_each(array, e) for suffix, array in tensors.items()}
         if name == "down_proj":
             parts[name] = _oriented(decode(path, tensors, (e,)), in_out)
         # Codes are cut before they are decoded: what waits for the other half is then small.

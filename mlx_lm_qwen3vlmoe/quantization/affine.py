@@ -17,7 +17,6 @@ from .packing import codes, pack, unpack
 
 BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
-Common = tuple[Tensors, Parameters | None]
 
 
 def affine(
@@ -35,7 +34,7 @@ def affine(
         words: ``[…, out, in * bits / 32]``, packed as MLX packs.
         scales: ``[…, out, groups]`` floats. A group that MLX lacks is repeated as groups of 128, 64 or 32, or decoded.
         zeros: ``[…, out, groups]``; None means ``2 ** (bits - 1)``.
-        group_size: as described; a last group may be cut short. None or -1 means equal groups.
+        group_size: as described; a last group may be cut short. None or -1 means one group.
     """
     inputs, groups = words.shape[-1] * 32 // bits, scales.shape[-1]
     size = group_size_of(layer, inputs, groups, group_size)
@@ -139,29 +138,19 @@ def dequantize(tensors: Tensors, parameters: Parameters, dtype: mx.Dtype) -> mx.
     return mx.dequantize(tensors["weight"], scales, biases, **options).astype(dtype)
 
 
-def common(layers: list[Decoded], dtype: mx.Dtype) -> tuple[list[Decoded], bool]:
-    """Layers of one shape in different formats → in one, with the same values; False where only floats can do that.
+def common(layers: list[Decoded]) -> list[Decoded] | None:
+    """Layers of one shape in different formats → in one, with the same values; None where only floats can do that.
 
     A code of 4 bits is a code of 8 bits with the same scale and bias, and a group splits into smaller ones.
     """
     parameters = [layer.parameters for layer in layers]
     if any(p is None or p.get("mode", "affine") != "affine" for p in parameters):
-        if all(p == parameters[0] for p in parameters):
-            return layers, True
-        return [_float(layer, dtype) for layer in layers], False
+        return layers if all(p == parameters[0] for p in parameters) else None
     bits = max(p["bits"] for p in parameters if p)
     group = min(p["group_size"] for p in parameters if p)
     scales = {layer.tensors[name].dtype for layer in layers for name in ("scales", "biases")}
     kind = scales.pop() if len(scales) == 1 else mx.float32
-    return [_widened(layer, bits, group, kind) for layer in layers], True
-
-
-def _float(layer: Decoded, dtype: mx.Dtype) -> Decoded:
-    if layer.parameters is None:
-        weight = layer.tensors["weight"].astype(dtype)
-    else:
-        weight = dequantize(layer.tensors, layer.parameters, dtype)
-    return Decoded({"weight": weight}, None, layer.why_float or "experts of one layer in different formats")
+    return [_widened(layer, bits, group, kind) for layer in layers]
 
 
 def _widened(layer: Decoded, bits: int, group: int, dtype: mx.Dtype) -> Decoded:

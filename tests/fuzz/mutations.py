@@ -91,15 +91,15 @@ def shard_missing(rng: random.Random, checkpoint: Checkpoint) -> Iterator[tuple[
 
 
 def layer_missing(rng: random.Random, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    part = f".layers.{rng.randrange(3)}."
-    if lost := [key for key in checkpoint.tensors if part in key]:
-        for key in lost:
-            del checkpoint.tensors[key]
-        yield part, ""
+    yield from missing(checkpoint, f".layers.{rng.randrange(3)}.")
 
 
 def expert_missing(rng: random.Random, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    part = f".experts.{rng.randrange(3)}."
+    yield from missing(checkpoint, f".experts.{rng.randrange(3)}.")
+
+
+def missing(checkpoint: Checkpoint, part: str) -> Iterator[tuple[str, str]]:
+    """All tensors with this in their names, if there are any."""
     if lost := [key for key in checkpoint.tensors if part in key]:
         for key in lost:
             del checkpoint.tensors[key]
