@@ -53,6 +53,19 @@ def measure_load(contender: str, folder: str) -> dict:
     return load(contender, folder)[2]
 
 
+def measure_tokens(contender: str, folder: str) -> dict:
+    """Load, the resident peak of that, the first token, and the median of three more."""
+    model, new_cache, found = load(contender, folder)
+    found["rss"] = peak_rss()
+    cache, token, times = new_cache(), mx.array([[7]]), []
+    for _ in range(4):
+        start = time.perf_counter()
+        token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+        mx.eval(token)
+        times.append(time.perf_counter() - start)
+    return found | {"first_token": times[0], "token": statistics.median(times[1:])}
+
+
 def measure_rates(contender: str, folder: str, length: str) -> dict:
     """Load, the first token after 1/16 of a prompt, then the rates of a whole prompt and of at most 32 tokens more."""
     model, new_cache, found = load(contender, folder)

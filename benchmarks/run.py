@@ -8,26 +8,21 @@ python benchmarks/run.py --only convert --layers 32      # one part, of another 
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import mlx.core as mx
 from checkpoints import Sizes, as_qwen3_moe, write
+from machine import described, fill_in, sentence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONTENDERS = {"ours": "this package", "host": "mlx-lm's own", "native": "`qwen3_moe`", "mlx-vlm": "mlx-vlm"}
-
-
 LAYERS = (4, 8, 16, 32)
 Job = tuple[str, str, str, list[object]]  # key of the results, contender, kind of measurement, its arguments
 
@@ -280,30 +275,13 @@ def main() -> None:
         print("mlx-vlm is left out: it is not installed (pip install mlx-vlm)")
     results, failed = measure(options)
     rows = tabulate(results)
-    versions = {name: version(name) for name in ("mlx-lm-qwen3vlmoe", "mlx-lm", "mlx")}
-    device = mx.device_info()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    report = {
-        "date": date.today().isoformat(),
-        "command": "python benchmarks/run.py",
-        "versions": versions | {"mlx-vlm": options.vlm_version or "left out", "Python": platform.python_version()},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "device": f"{mx.default_device().type.name} {device.get('device_name', '')}",
-            "cores": os.cpu_count(),
-            "memory": f"{memory:.0f} GB",
-        },
-        "figures": rows,
-        "results": results,
-    }
-    about = ", ".join(f"{name} {value}" for part in ("versions", "machine") for name, value in report[part].items())
-    text = f"{report['date']}: {about}.\n\n{table(rows)}"
+    about = described(**{"mlx-vlm": options.vlm_version or "left out"})
+    report = about | {"command": "python benchmarks/run.py", "figures": rows, "results": results}
+    text = f"{sentence(about)}\n\n{table(rows)}"
     print("", text, sep="\n")
     if complete:
         (HERE / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        page = ROOT / "docs" / "benchmarks.md"
-        before, _, rest = page.read_text().partition("<!-- figures -->\n")
-        page.write_text(f"{before}<!-- figures -->\n{text}\n<!-- /figures -->{rest.partition('<!-- /figures -->')[2]}")
+        fill_in("figures", text)
         plot(rows, ROOT / "docs" / "benchmarks.svg")
     certain = [row for row in rows if row["certain"] is not None and row["compared"] > row["certain"]]
     failed += [f"{row['figure']}: {row['compared']:.3g}, at most {row['certain']:g} allowed" for row in certain]

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from . import quantization
-from .backend import device, planning, takes_global_scale
+from .backend import planning, takes_global_scale
 from .config import linear_shape
 from .errors import CheckpointError
+from .lazy import in_pieces
 from .names import module_name
 from .packed import check_packed
 from .quantization import Decoded, Layer, Tensors
@@ -29,8 +30,7 @@ class Decoder:
 
     def __init__(self, description: dict[str, Any], own: dict[str, Any], text: dict[str, Any]):
         self.description, self.own, self.text = description, own, text
-        # On the CPU float32: experts must be, and so is then all that follows.
-        self.dtype: mx.Dtype = mx.float32 if device() == mx.cpu else getattr(mx, text.get("dtype") or "bfloat16")
+        self.dtype: mx.Dtype = getattr(mx, text.get("dtype") or "bfloat16")
         self._reasons: dict[str, None] = {}
         self._before = self._after = 0
 
@@ -38,20 +38,35 @@ class Decoder:
         """One layer, or a stack of alike ones with ``lead`` in front; raises `CheckpointError`."""
         if not quantization.is_foreign(tensors):
             return self._mlx(path, tensors)
-        layer = Layer(
-            path,
-            tensors,
-            self.settings(path),
-            self.dtype,
-            lead,
-            takes_global_scale() and ".mlp.experts." in path,
-            planning(),
-            linear_shape(path, self.text),
-        )
-        decoded = quantization.decode(layer)
-        if decoded.why_float:
-            self._count(tensors, decoded)
+        decoded = self._foreign(path, tensors, lead)
+        if decoded.why_float is None:
+            return decoded
+        self._count(tensors, decoded)
+        if lead:
+            stored = {suffix: array for suffix, array in tensors.items() if suffix not in quantization.IGNORED}
+
+            def decode(part: slice) -> Tensors:
+                some = {suffix: array[part] for suffix, array in stored.items()}
+                return self._foreign(path, some, next(iter(some.values())).shape[:1]).tensors
+
+            whole = decoded.tensors
+            decoded = decoded._replace(tensors=in_pieces(whole, whole["weight"].nbytes, decode))
         return decoded
+
+    def _foreign(self, path: str, tensors: Tensors, lead: tuple[int, ...]) -> Decoded:
+        """A layer that another tool quantized."""
+        return quantization.decode(
+            Layer(
+                path,
+                tensors,
+                self.settings(path),
+                self.dtype,
+                lead,
+                takes_global_scale() and ".mlp.experts." in path,
+                planning(),
+                linear_shape(path, self.text),
+            )
+        )
 
     def _mlx(self, path: str, tensors: Tensors) -> Decoded:
         """A float layer, or one that MLX packed; the parameters only where the host would not find them."""
@@ -98,14 +113,16 @@ class Decoder:
         """Layers of one shape, to be stacked, in one format."""
         if (common := quantization.common(layers)) is not None:
             return common
-        weights = [self.as_float(layer, "experts of one layer in different formats") for layer in layers]
-        return [Decoded({"weight": weight.astype(self.dtype)}) for weight in weights]
+        stored = {layer.tensors["weight"].dtype for layer in layers if layer.parameters is None}
+        dtype = self.dtype if stored <= {self.dtype} else mx.float32  # which has the values of all
+        weights = [self.as_float(layer, "experts of one layer in different formats", dtype) for layer in layers]
+        return [Decoded({"weight": weight.astype(dtype)}) for weight in weights]
 
-    def as_float(self, layer: Decoded, why: str) -> mx.array:
+    def as_float(self, layer: Decoded, why: str, dtype: mx.Dtype | None = None) -> mx.array:
         """The weight of a layer that cannot stay packed."""
         if layer.parameters is None:
             return layer.tensors["weight"]
-        weight = quantization.dequantize(layer.tensors, layer.parameters, self.dtype)
+        weight = quantization.dequantize(layer.tensors, layer.parameters, dtype or self.dtype)
         self._count(layer.tensors, Decoded({"weight": weight}, None, why))
         return weight
 

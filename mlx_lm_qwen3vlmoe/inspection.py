@@ -63,7 +63,9 @@ def inspect(
             report["quantization"] = _quantization(config)
             with _noting(notes if bits is None else []):
                 model, config = _hollow_model(folder, headers)
-            report |= _plan(model if bits is None else planning.quantized(model, config, bits), ranks, context, notes)
+            if bits is not None:
+                model, report["convert_bytes"] = _converted(model, config, bits)
+            report |= _plan(model, ranks, context, notes)
         # of the package, or of the host where it stops first
         except (ValueError, KeyError, TypeError, RuntimeError) as e:
             report["error"] = f"{type(e).__name__}: {e}"
@@ -75,6 +77,15 @@ def _hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[s
     with tempfile.TemporaryDirectory() as hollow:
         write_hollow(folder, headers, Path(hollow))
         return load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
+
+
+def _converted(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, int | None]:
+    """What ``mlx_lm.convert -q`` makes of a model, and what it takes for that; None where it was not measured."""
+    floats = device() == mx.cpu and not any(hasattr(module, "bits") for module in model.modules())
+    before = planning.by_layer(model)
+    model = planning.quantized(model, config, bits)
+    peak = planning.conversion_peak(before, planning.memory(model)["weights_bytes"])
+    return model, peak if floats else None
 
 
 def _plan(model: Any, ranks: int, context: int, notes: list[str]) -> dict[str, Any]:
@@ -161,6 +172,10 @@ def render(report: dict[str, Any]) -> str:
         ("weights", _gb(report["weights_bytes"])),
     ]
     lines += [("", f"{_gb(size)} {name}") for name, size in report["formats"].items()]
+    if "convert_bytes" in report:
+        peak = report["convert_bytes"]
+        known = f"{_gb(peak)} at its peak" if peak else "unknown: measured for floats and FP8 on a CPU only"
+        lines.append(("convert -q", known))
     lines += [("cache", f"{_gb(report['cache_bytes'])} at {report['context']} tokens")]
     for mode in ("tensor", "pipeline"):
         plan = report[mode]

@@ -23,7 +23,7 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import __version__, backend, parallel
+from . import __version__, backend, lazy, parallel
 from .config import ModelArgs
 from .errors import CheckpointError, HostError
 from .sanitize import check_shapes, sanitize
@@ -96,6 +96,7 @@ class Model(nn.Module):
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
         backend.adapt(self.language_model)
+        lazy.Turns().take(self.language_model)
         if hasattr(self.model, "pipeline"):
             self.model.pipeline = Pipeline(self.model)
 

@@ -48,6 +48,27 @@ def quantized(model: Any, config: dict[str, Any], bits: int) -> Any:
     return model
 
 
+def conversion_peak(before: dict[int, int], after: int) -> int:
+    """What ``mlx_lm.convert -q`` has in memory at most: the file that it saves, and the floats of a layer.
+
+    As measured on the CPU, see docs/benchmarks.md: 1.0 to 1.1 of a layer, and 0.25 GB for Python and its modules.
+
+    Args:
+        before: layer → the bytes of its weights as they are loaded.
+        after: the bytes of the weights that are saved, in files of at most 5 GiB.
+    """
+    return min(after, 5 << 30) + max(before.values()) * 11 // 10 + 250_000_000
+
+
+def by_layer(model: Any) -> dict[int, int]:
+    """Layer → the bytes of its weights; -1 is what stands outside of layers."""
+    sizes: dict[int, int] = defaultdict(int)
+    for path, array, _ in _arrays(model):
+        match = _LAYER.match(path + ".")
+        sizes[int(match[1]) if match else -1] += array.nbytes
+    return sizes
+
+
 def memory(model: Any) -> dict[str, Any]:
     """The weights, and by their formats."""
     formats: dict[str, int] = defaultdict(int)
@@ -99,13 +120,8 @@ def shares(model: Any, ranks: int, cache: list[int]) -> dict[str, Any]:
 
 def _stages(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
     """Some of the layers each, and on every rank what is outside of layers."""
-    layers = [0] * len(cache)
-    others = 0
-    for path, array, _ in _arrays(model):
-        if match := _LAYER.match(path + "."):
-            layers[int(match[1])] += array.nbytes
-        else:
-            others += array.nbytes
+    sizes = by_layer(model)
+    layers, others = [sizes[n] for n in range(len(cache))], sizes[-1]
     stages = []
     for number in range(ranks):
         decoder = SimpleNamespace(layers=list(range(len(layers))))

@@ -33,6 +33,15 @@ def run(*command: object, check: bool = True, **options) -> subprocess.Completed
     return done
 
 
+def float32_config(checkpoint: Path) -> dict[str, object]:
+    """What `load_model` takes as ``model_config``, to decode what becomes float to float32, as the goldens are.
+
+    A checkpoint of 16 bits would otherwise be decoded to these.
+    """
+    text = json.loads((checkpoint / "config.json").read_text()).get("text_config")
+    return {"dtype": "float32"} | ({"text_config": text | {"dtype": "float32"}} if text else {})
+
+
 class Environment:
     """A virtual environment of its own with all that mlx-lm needs in it, and without this package until installed.
 

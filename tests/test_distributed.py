@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, FIXTURES, OURS, QUANTIZED, ROOT, TINY, run
+from conftest import CLEAN, FIXTURES, OURS, QUANTIZED, ROOT, TINY, float32_config, run
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
@@ -167,8 +167,11 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def indexed(source: Path, folder: Path) -> Path:
-    """A checkpoint with what the host's `sharded_load` opens: an index and a tokenizer. The tensors are links."""
+def indexed(source: Path, folder: Path, in_float32: bool = False) -> Path:
+    """A checkpoint with what the host's `sharded_load` opens: an index and a tokenizer. The tensors are links.
+
+    What is decoded becomes float32, if asked for.
+    """
     if folder.exists():
         return folder
     folder.mkdir(parents=True)
@@ -177,6 +180,10 @@ def indexed(source: Path, folder: Path) -> Path:
     for name in TOKENIZER:
         if not (folder / name).exists():
             (folder / name).symlink_to(TINY / name)
+    if in_float32:
+        config = load_config(source) | float32_config(source)
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config))
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         files = sorted(folder.glob("model*.safetensors"))
@@ -246,7 +253,7 @@ def two(work, converted) -> list[dict]:
     for case in CASES:
         mode, name = case.split()
         source = (FIXTURES if name in FLOAT else QUANTIZED) / name
-        jobs[case] = job(mode, indexed(source, work / name), source)
+        jobs[case] = job(mode, indexed(source, work / name, in_float32=True), source)
     for mode in ("tensor", "pipeline"):
         jobs[f"{mode} converted"] = job(mode, converted)
     own_files(work)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, QUANTIZED, ROOT, run
+from conftest import OURS, QUANTIZED, ROOT, float32_config, run
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx import nn, optimizers
@@ -47,7 +47,8 @@ def golden(name: str) -> dict[str, mx.array]:
     return mx.load(str(QUANTIZED / name / "golden.safetensors"))
 
 
-def load(path: Path, **options):
+def load(path: Path, in_float32: bool = False, **options):
+    options |= {"model_config": float32_config(path)} if in_float32 else {}
     model, config = load_model(path, lazy=True, **options)
     assert type(model).__module__ == OURS
     return model, config
@@ -71,7 +72,7 @@ def test_every_format_has_a_fixture():
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_torchs_on_the_tools_own_dequantized_weights(name):
     """In float32. The values are the same, packed or not, and no rounding is to be excused."""
-    model, config = load(QUANTIZED / name)
+    model, config = load(QUANTIZED / name, in_float32=True)
     model.set_dtype(mx.float32)
     assert relative_error(model, golden(name)) < 1e-4
     assert "quant_method" not in config.get("quantization_config", {})  # MLX's own description has none
@@ -106,6 +107,18 @@ def test_packed_layers_take_the_memory_of_the_file(name):
         if "switch_mlp" in path and array.dtype == mx.float32 and path.endswith("weight")
     )
     assert memory - scales - casts <= file_bytes
+
+
+@pytest.mark.parametrize("name", sorted(FLOAT))
+def test_floats_are_the_values_in_float32_rounded_once(name):
+    """To the dtype of the checkpoint, on every device: no more memory than that of 16 bits."""
+    model, config = load(QUANTIZED / name)
+    exact = dict(tree_flatten(load(QUANTIZED / name, in_float32=True)[0].parameters()))
+    dtype = getattr(mx, config["text_config"]["dtype"])
+    for path, array in tree_flatten(model.parameters()):
+        if path.endswith("_proj.weight") and exact[path].dtype == mx.float32:
+            assert array.dtype == dtype, path
+            assert mx.array_equal(array, exact[path].astype(dtype)), path
 
 
 @pytest.mark.parametrize("name", sorted(FLOAT))
@@ -336,7 +349,7 @@ def test_modelopts_awq_without_scales_of_inputs_is_packed():
 def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_path, error_in_the_unchanged_host):
     from mlx_lm.utils import save_config, save_model
 
-    model, config = load(QUANTIZED / name)
+    model, config = load(QUANTIZED / name, in_float32=True)
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
     assert error_in_the_unchanged_host(tmp_path, QUANTIZED / name / "golden.safetensors") < 1e-4
@@ -407,6 +420,6 @@ def test_the_description_is_found_in_all_three_places(place, tmp_path):
         nested = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
         (tmp_path / "hf_quant_config.json").write_text(json.dumps(nested))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model, _ = load(tmp_path)
+    model, _ = load(tmp_path, in_float32=True)
     model.set_dtype(mx.float32)
     assert relative_error(model, golden(name)) < 1e-4

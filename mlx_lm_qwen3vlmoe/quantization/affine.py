@@ -39,7 +39,7 @@ def affine(
     inputs, groups = words.shape[-1] * 32 // bits, scales.shape[-1]
     size = group_size_of(layer, inputs, groups, group_size)
     if scales.dtype not in (mx.float16, mx.bfloat16):
-        scales = scales.astype(mx.float32 if zeros is not None else layer.dtype)
+        scales = scales.astype(mx.float32)
     wide = scales.astype(mx.float32)
     group = _mlx_group(inputs, size)
     if group is None or bits not in (*BITS, 7):

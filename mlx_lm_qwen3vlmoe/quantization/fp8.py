@@ -67,11 +67,13 @@ def scaled(layer: Layer, weight: mx.array, suffix: str, block: tuple[int, int] |
     power = scale.dtype == mx.uint8
     if power and columns % 32 == wide % 32 == 0 and weight.dtype == mx.uint8 and has_mode("mxfp8"):
         return mxfp8(layer, weight, spread(spread(scale, -2, rows, high, 1), -1, columns, wide, 32))
-    scale = e8m0(scale) if power else scale.astype(mx.float32)
+    # A product is rounded once in 16 bits as well, if both factors have that type.
+    exact = layer.dtype if scale.dtype == layer.dtype else mx.float32
+    scale = e8m0(scale) if power else scale.astype(exact)
     # The largest pieces that make up the blocks, of which the last may be cut short, and the whole.
     tall, broad = math.gcd(rows, high), math.gcd(columns, wide)
     scale = spread(spread(scale, -2, rows, high, tall), -1, columns, wide, broad)
-    pieces = e4m3(weight).reshape(*layer.lead, rows // tall, tall, columns // broad, broad)
+    pieces = e4m3(weight, exact).reshape(*layer.lead, rows // tall, tall, columns // broad, broad)
     product = pieces * mx.expand_dims(scale, (-3, -1))
     return Decoded({"weight": product.reshape(weight.shape).astype(layer.dtype)}, None, "FP8 with float scales")
 

@@ -86,8 +86,12 @@ def fixtures() -> dict[str, Path]:
 
 @functools.cache
 def documents(name: str) -> dict[str, Any]:
+    """The JSON files, with a dtype that rounds nothing of what becomes float."""
     files = ("config.json", "hf_quant_config.json")
-    return {f: json.loads((fixtures()[name] / f).read_text()) for f in files if (fixtures()[name] / f).exists()}
+    found = {f: json.loads((fixtures()[name] / f).read_text()) for f in files if (fixtures()[name] / f).exists()}
+    config = found["config.json"]
+    config.get("text_config", config)["dtype"] = "float32"
+    return found
 
 
 @functools.cache

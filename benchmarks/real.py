@@ -1,0 +1,167 @@
+"""The 30B itself: checkpoints of Qwen3-VL-30B-A3B's true shapes, converted and run. For a whole machine and an hour.
+
+One checkpoint after the other, with as many of the 48 layers as 60 GB of disk, or what is free, hold. Every step is a
+process of its own; peaks are the operating system's (RSS). ``--quick`` takes 4 layers and a few minutes, and writes
+nothing. Fails on memory, never on time.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from machine import described, fill_in, sentence
+from true_size import VOCABULARY, Sizes, size_of, tensors, write
+
+from mlx_lm_qwen3vlmoe.inspection import inspect
+
+HERE = Path(__file__).resolve().parent
+LAYERS, BUDGET, MARGIN = 48, 60e9, 4e9  # of the 30B; bytes of disk; what is left free
+CONVERTED = ("official", "per-expert", "fp8 fused", "fp8")
+LOADED = ("awq", "gptq", "compressed-tensors", "mxfp4", "awq marlin", "awq gemv_fast")
+
+
+@dataclass
+class Run:
+    """The rows of the table, and what missed its bound."""
+
+    folder: Path
+    rows: list[dict] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def add(self, step: str, layers: int, size: int, **values: float) -> None:
+        row = {"step": step, "layers": layers, "file": size / 1e9} | values
+        if "inspect" in values:
+            row["compared"] = values["peak"] / values["inspect"]
+            if row["compared"] > 1.1:
+                self.failed.append(f"{step}: {values['peak']:.2f} GB, and inspect says {values['inspect']:.2f}")
+        self.rows.append(row)
+        print(
+            " ".join(f"{name} {value:.3g}" if isinstance(value, float) else str(value) for name, value in row.items())
+        )
+
+    def convert(self, layout: str, layers: int, host: bool = False) -> float:
+        """``mlx_lm.convert -q`` of what stands in ``source``; its peak in GB."""
+        source, target = self.folder / "source", self.folder / "converted"
+        shutil.rmtree(target, ignore_errors=True)
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        command = ["-m", "mlx_lm", "convert", "--hf-path", str(source), "--mlx-path", str(target), "-q"]
+        seconds, peak = timed(command, {"MLX_LM_PLUGINS": "0"} if host else {})
+        name = "by mlx-lm's own class" if host else ""
+        expected = {} if host else {"inspect": inspect(str(source), bits=4)["convert_bytes"] / 1e9}
+        self.add(f"`convert -q`, {layout} {name}".strip(), layers, size, seconds=seconds, peak=peak, **expected)
+        return peak
+
+    def load(self, layout: str, layers: int, folder: str) -> None:
+        """Load a checkpoint, and take a few tokens."""
+        source = self.folder / folder
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        done = subprocess.run(
+            [sys.executable, HERE / "measure.py", "tokens", "ours", source], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{layout}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        expected = inspect(str(source))["weights_bytes"] / 1e9
+        self.add(f"load, {layout}", layers, size, seconds=found["load"], peak=found["rss"] / 1e9, inspect=expected)
+        self.rows[-1] |= {"first": found["first_token"], "token": found["token"]}
+
+
+def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Wall time and the peak in GB of a Python of its own."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], env=os.environ | environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def layers_that_fit(layout: str, folder: Path, most: int, converted: bool) -> int:
+    """How many layers of a layout, and of what ``convert -q`` makes of them, the disk holds."""
+    room = min(BUDGET, shutil.disk_usage(folder).free - MARGIN)
+    outside, layer = (
+        sum(size_of(entry) for entry in part.values()) for part in tensors(Sizes(1, vocab=VOCABULARY), layout)
+    )
+    # 4 bits and the scales of 64 are 0.28 of 16 bits.
+    small = [0.28 * 2 * parameters for parameters in (2 * VOCABULARY * 2048, 628e6)] if converted else [0, 0]
+    return max(0, min(most, int((room - outside - small[0]) // (layer + small[1]))))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Run:
+    run = Run(folder)
+    most = 4 if options.quick else options.layers
+    for layout in ("official", "fp8 fused") if options.quick else CONVERTED:
+        layers = layers_that_fit(layout, folder, most, converted=True)
+        write(folder / "source", Sizes(layers, vocab=VOCABULARY), layout)
+        peak = run.convert(layout, layers)
+        if layout == "official":
+            host = run.convert(layout, layers, host=True)
+            run.rows[-2]["compared to mlx-lm's own"] = peak / host
+            if peak / host > 0.8:
+                run.failed.append(f"convert -q, official: {peak:.2f} GB, and mlx-lm's own class {host:.2f}")
+        elif layout == CONVERTED[-1]:
+            run.load("MLX's 4 bits, of FP8", layers, "converted")
+        clear(folder)
+    for layout in ("awq",) if options.quick else LOADED:
+        layers = layers_that_fit(layout, folder, most, converted=False)
+        write(folder / "source", Sizes(layers, vocab=VOCABULARY), layout)
+        run.load(layout, layers, "source")
+        clear(folder)
+    return run
+
+
+def clear(folder: Path) -> None:
+    for child in folder.iterdir():
+        shutil.rmtree(child)
+
+
+HEADS = {
+    "step": "",
+    "layers": "layers",
+    "file": "checkpoint, GB",
+    "seconds": "seconds",
+    "peak": "peak, GB",
+    "inspect": "`inspect` says, GB",
+    "compared": "peak / that",
+    "compared to mlx-lm's own": "peak / mlx-lm's own",
+    "first": "first token, s",
+    "token": "each further, s",
+}
+
+
+def shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"| {' | '.join(HEADS.values())} |", "|---" * len(HEADS) + "|"]
+    lines += [f"| {' | '.join(shown(row.get(field, '')) for field in HEADS)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 layers, three steps: a few minutes; writes nothing")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the 48 at most")
+    options = parser.parse_args()
+    os.environ.pop("MLX_LM_PLUGINS", None)
+    with tempfile.TemporaryDirectory() as temporary:
+        run = measure(options, Path(temporary))
+    about = described()
+    text = f"{sentence(about)}\n\n{table(run.rows)}"
+    print("", text, sep="\n")
+    if not options.quick and options.layers == LAYERS:
+        (HERE / "real.json").write_text(json.dumps(about | {"rows": run.rows}, indent=1) + "\n")
+        fill_in("real size", text)
+    sys.exit("\n".join(run.failed) or None)
+
+
+if __name__ == "__main__":
+    main()
