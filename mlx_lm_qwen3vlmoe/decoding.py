@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -34,23 +35,33 @@ class Decoder:
         self._reasons: dict[str, None] = {}
         self._before = self._after = 0
 
-    def __call__(self, path: str, tensors: Tensors, lead: tuple[int, ...] = ()) -> Decoded:
-        """One layer, or a stack of alike ones with ``lead`` in front; raises `CheckpointError`."""
+    def __call__(self, path: str, tensors: Tensors) -> Decoded:
+        """One layer; raises `CheckpointError`."""
         if not quantization.is_foreign(tensors):
             return self._mlx(path, tensors)
-        decoded = self._foreign(path, tensors, lead)
-        if decoded.why_float is None:
-            return decoded
-        self._count(tensors, decoded)
-        if lead:
-            stored = {suffix: array for suffix, array in tensors.items() if suffix not in quantization.IGNORED}
+        return self._counted(tensors, self._foreign(path, tensors, ()))
 
-            def decode(part: slice) -> Tensors:
-                some = {suffix: array[part] for suffix, array in stored.items()}
-                return self._foreign(path, some, next(iter(some.values())).shape[:1]).tensors
+    def of_experts(self, path: str, experts: int, stored: Callable[[slice], Tensors]) -> Decoded:
+        """A stack of alike layers.
 
-            whole = decoded.tensors
-            decoded = decoded._replace(tensors=in_pieces(whole, whole["weight"].nbytes, decode))
+        Args:
+            stored: a range of experts → their tensors, with an axis for the experts in front.
+        """
+        tensors = stored(slice(0, experts))
+        if not quantization.is_foreign(tensors):
+            return self._mlx(path, tensors)
+        whole = self._counted(tensors, self._foreign(path, tensors, (experts,)))
+        if not whole.tensors:
+            return whole
+
+        def some(part: slice) -> Tensors:
+            return self._foreign(path, stored(part), (part.stop - part.start,)).tensors
+
+        return whole._replace(tensors=in_pieces(experts, some))
+
+    def _counted(self, stored: Tensors, decoded: Decoded) -> Decoded:
+        if decoded.why_float:
+            self._count(stored, decoded)
         return decoded
 
     def _foreign(self, path: str, tensors: Tensors, lead: tuple[int, ...]) -> Decoded:

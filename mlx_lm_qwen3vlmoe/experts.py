@@ -137,17 +137,23 @@ def split(mlp: str, fused: Layers, sizes: dict[str, Any], decode: Decoder) -> di
         path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
         tensors = {suffix: _of_each(array, e) for suffix, array in tensors.items()}
         if name == "down_proj":
-            parts[name] = _oriented(decode(path, tensors, (e,)), in_out)
+            parts[name] = _oriented(_decoded(path, tensors, e, decode), in_out)
         # Codes are cut before they are decoded: what waits for the other half is then small.
         elif pair := halves(tensors, axis, decode.settings(path)):
             for projection, half in zip(("gate_proj", "up_proj"), pair, strict=True):
-                parts[projection] = _oriented(decode(path, half, (e,)), in_out)
+                parts[projection] = _oriented(_decoded(path, half, e, decode), in_out)
         else:
-            whole = decode(path, tensors, (e,))
+            whole = _decoded(path, tensors, e, decode)
             cut = mx.split(whole.tensors["weight"], 2, axis)
             for projection, weight in zip(("gate_proj", "up_proj"), cut, strict=True):
                 parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out)
     return parts
+
+
+def _decoded(path: str, tensors: Tensors, experts: int, decode: Decoder) -> Decoded:
+    return decode.of_experts(
+        path, experts, lambda part: {suffix: array[part] if array.ndim else array for suffix, array in tensors.items()}
+    )
 
 
 def _of_each(array: mx.array, experts: int) -> mx.array:
@@ -197,8 +203,12 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
     paths = [f"{path}.{number}.{projection}" for number in range(sizes["num_experts"])]
     first = experts[0]
     if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decode.describes_alike(paths):
-        raw = {suffix: decode.stack(suffix, [experts[n][suffix] for n in range(len(paths))]) for suffix in first}
-        return _with_weight(paths[0], decode(paths[0], raw, (len(paths),)))
+
+        def stored(part: slice) -> Tensors:
+            some = [experts[n] for n in range(len(paths))[part]]
+            return {suffix: decode.stack(suffix, [tensors[suffix] for tensors in some]) for suffix in first}
+
+        return _with_weight(paths[0], decode.of_experts(paths[0], len(paths), stored))
     single = [_with_weight(each, decode(each, experts[n])) for n, each in enumerate(paths)]
     shapes = [_shape(each) for each in single]
     ((most, _),) = Counter(shapes).most_common(1)

@@ -20,19 +20,19 @@ Arrays = dict[str, mx.array]
 _PIECE = 1 << 24  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
-def in_pieces(whole: Arrays, size: int, function: Callable[[slice], Arrays]) -> Arrays:
-    """Arrays ``[E, …]``, not evaluated, made of those that ``function`` has for a few experts at a time.
+def in_pieces(experts: int, function: Callable[[slice], Arrays]) -> Arrays:
+    """``function`` of all experts, put together from what it has for a few of them at a time.
 
     Args:
-        size: the bytes that the function computes for all experts.
+        function: a range of experts → arrays ``[experts, …]``, not evaluated.
     """
-    experts = next(iter(whole.values())).shape[0]
-    step = max(1, _PIECE * experts // max(1, size))
+    whole = function(slice(0, experts))
+    step = max(1, _PIECE * experts // sum(array.nbytes for array in whole.values()))
     if step >= experts:
         return whole
     results = {name: mx.zeros(array.shape, array.dtype) for name, array in whole.items()}
     for start in range(0, experts, step):
-        part = slice(start, start + step)
+        part = slice(start, min(start + step, experts))
         for name, array in function(part).items():
             results[name][part] = array
     return results
@@ -79,13 +79,12 @@ class InTurn:
             result = quantized(weight)
             if weight.ndim == 3:
                 names = [name for name in ("weight", "scales", "biases") if name in result]
-                whole = {name: result[name] for name in names}
 
                 def of(part: slice) -> Arrays:
                     some = quantized(weight[part])
                     return {name: some[name] for name in names}
 
-                result.update(in_pieces(whole, weight.nbytes, of))
+                result.update(in_pieces(len(weight), of))
         finally:
             module["weight"] = stored
         self.turns.end(result["weight"])
