@@ -24,7 +24,7 @@ from mlx_lm_qwen3vlmoe.inspection import inspect
 HERE = Path(__file__).resolve().parent
 LAYERS, BUDGET, MARGIN = 48, 60e9, 4e9  # of the 30B; bytes of disk; what is left free
 CONVERTED = ("official", "per-expert", "fp8 fused", "fp8")
-LOADED = ("awq", "gptq", "compressed-tensors", "mxfp4", "awq marlin", "awq gemv_fast")
+LOADED = {"awq": 48, "gptq": 48, "compressed-tensors": 12, "mxfp4": 12, "awq gemv_fast": 12, "nvfp4": 6}  # layers
 
 
 @dataclass
@@ -109,8 +109,10 @@ def measure(options: argparse.Namespace, folder: Path) -> Run:
         elif layout == CONVERTED[-1]:
             run.load("MLX's 4 bits, of FP8", layers, "converted")
         clear(folder)
-    for layout in ("awq",) if options.quick else LOADED:
-        layers = layers_that_fit(layout, folder, most, converted=False)
+    for layout, layers in LOADED.items():
+        if options.quick and layout != "awq":
+            continue
+        layers = layers_that_fit(layout, folder, min(most, layers), converted=False)
         write(folder / "source", Sizes(layers, vocab=VOCABULARY), layout)
         run.load(layout, layers, "source")
         clear(folder)

@@ -15,8 +15,9 @@ import mlx.core as mx
 from .backend import as_out_in
 from .decoding import Decoder
 from .errors import CheckpointError, MissingTensorError
+from .lazy import in_pieces
 from .names import NUMBER
-from .quantization import Decoded, Tensors
+from .quantization import Decoded, Tensors, is_foreign
 from .quantization.fp8 import halves
 
 Shapes = dict[str, tuple[int, ...]]  # projection → experts, outputs and inputs
@@ -208,7 +209,9 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
             some = [experts[n] for n in range(len(paths))[part]]
             return {suffix: decode.stack(suffix, [tensors[suffix] for tensors in some]) for suffix in first}
 
-        return _with_weight(paths[0], decode.of_experts(paths[0], len(paths), stored))
+        if is_foreign(first):
+            return _with_weight(paths[0], decode.of_experts(paths[0], len(paths), stored))
+        return _with_weight(paths[0], decode(paths[0], in_pieces(len(paths), stored)))
     single = [_with_weight(each, decode(each, experts[n])) for n, each in enumerate(paths)]
     shapes = [_shape(each) for each in single]
     ((most, _),) = Counter(shapes).most_common(1)

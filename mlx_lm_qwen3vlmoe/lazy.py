@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Arrays = dict[str, mx.array]
+_STEPS = 64  # more than to a decoded weight: arrays that are as far from the end are computed side by side
+_ARRAYS = 8  # of what depends on more than about twenty arrays, `mx.eval` begins with the last
 _PIECE = 1 << 24  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
@@ -30,6 +32,7 @@ def in_pieces(experts: int, function: Callable[[slice], Arrays]) -> Arrays:
     step = max(1, _PIECE * experts // sum(array.nbytes for array in whole.values()))
     if step >= experts:
         return whole
+    step = min(step, _ARRAYS)
     results = {name: mx.zeros(array.shape, array.dtype) for name, array in whole.items()}
     for start in range(0, experts, step):
         part = slice(start, min(start + step, experts))
@@ -56,7 +59,7 @@ class Turns:
 
     def end(self, array: mx.array) -> None:
         self.last = array.reshape(-1)[:1] == 0  # a copy: a view would keep the array
-        for _ in range(64):
+        for _ in range(_STEPS):
             self.last = mx.logical_not(self.last)
 
 

@@ -36,7 +36,7 @@ def e5m3(codes: mx.array) -> mx.array:
 
 def e2m1(pairs: mx.array) -> mx.array:
     """``[…, n / 2]`` bytes of two e2m1 codes, low nibble first → ``[…, n]`` float32."""
-    return _table(2, 1, 1)[mx.stack([pairs & 15, pairs >> 4], -1).flatten(-2)]
+    return _pairs()[pairs].view(mx.float32)
 
 
 def e8m0(codes: mx.array) -> mx.array:
@@ -88,6 +88,14 @@ def _table(exponent_bits: int, mantissa_bits: int, bias: int) -> mx.array:
     if exponent_bits == 5:  # unsigned
         return mx.array(values)
     return mx.array(values + [-value for value in values])
+
+
+@functools.cache
+def _pairs() -> mx.array:
+    """The two values of each byte, as the bits of one number: half as many are looked up."""
+    values = _values(2, 1, 1)
+    values += [-value for value in values]
+    return mx.array([[values[byte & 15], values[byte >> 4]] for byte in range(256)]).view(mx.uint64).flatten()
 
 
 @functools.cache

@@ -1,0 +1,114 @@
+"""The order in which lazy arrays are computed: how little is in memory while a checkpoint is loaded or converted."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import sys
+
+import mlx.core as mx
+import pytest
+from conftest import OURS, ROOT, TINY
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import load_model, quantize_model, save_model
+
+from mlx_lm_qwen3vlmoe import lazy
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from true_size import Sizes, write
+
+SIZES = Sizes(layers=12, experts=64, hidden=512, width=256, heads=8, kv_heads=2, head_dim=64, vocab=512)
+LAYER = 64 * 3 * 512 * 256 * 2  # bytes of a layer's experts in 16 bits
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch):
+    """As many pieces as there are of the 30B's layers, whose projections are 16 times as large."""
+    monkeypatch.setattr(lazy, "_PIECE", 1 << 20)
+
+
+def quantized_ones(model) -> dict[str, object]:
+    return {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")}
+
+
+@pytest.mark.parametrize("layout", ["official", "per-expert", "fp8", "fp8 fused", "nvfp4"])
+def test_converting_has_the_floats_of_little_more_than_a_layer_in_memory(layout, tmp_path):
+    """The host saves 5 GB at once, here the whole model, as a hash table orders it."""
+    write(tmp_path / "source", SIZES, layout)
+    model, config = load_model(tmp_path / "source", lazy=True)
+    assert type(model).__module__ == OURS
+    model, _ = quantize_model(model, config, 64, 4)
+    saved = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    save_model(tmp_path / "out", model, donate_model=True)
+    above = (mx.get_peak_memory() - before - saved) / LAYER
+    assert above < 1.5
+
+
+@pytest.mark.parametrize("layout", ["awq", "awq marlin", "awq gemv_fast", "gptq", "compressed-tensors", "mxfp4"])
+def test_loading_packed_layers_takes_little_more_than_what_stays(layout, tmp_path):
+    write(tmp_path / "source", SIZES, layout)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model, _ = load_model(tmp_path / "source")
+    stays = mx.get_active_memory() - before
+    assert "scales" in model.layers[0].mlp.switch_mlp.up_proj
+    share = (mx.get_peak_memory() - before) / stays
+    assert share < 1.15
+
+
+def test_the_layers_of_the_end_are_converted_without_those_before(tmp_path):
+    """Nothing that is loaded depends on another layer: only what is quantized together is ordered."""
+    write(tmp_path / "source", SIZES, "fp8")
+    model, _ = load_model(tmp_path / "source", lazy=True)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model.layers[-1].parameters())
+    assert mx.get_peak_memory() - before < 3 * LAYER
+
+
+def test_modules_in_turn_are_quantized_as_the_host_does_it():
+    model, config = load_model(TINY)
+    expected = {path: type(m).to_quantized(m, 32, 4) for path, m in quantized_ones(model).items()}
+    quantize_model(model, config, 32, 4, quant_predicate=lambda path, module: True)
+    found = {path: module for path, module in model.named_modules() if path in expected}
+    assert found.keys() == expected.keys()
+    for path, module in expected.items():
+        assert type(found[path]) is type(module)
+        for name, array in module.parameters().items():
+            assert mx.array_equal(found[path][name], array), path
+
+
+def test_a_large_projection_is_quantized_in_pieces_to_the_same_values():
+    weight = mx.random.normal((48, 512, 768)).astype(mx.bfloat16)
+    names = ("weight", "scales", "biases")
+    found = lazy.in_pieces(48, lambda part: dict(zip(names, mx.quantize(weight[part], 64, 4), strict=True)))
+    for name, array in zip(names, mx.quantize(weight, 64, 4), strict=True):
+        assert mx.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_quantizes_its_own_weights(copied):
+    model, config = load_model(TINY)
+    other = copied(model)
+    for module in quantized_ones(model).values():
+        module.weight = mx.zeros_like(module.weight)
+    expected, config = load_model(TINY)
+    for each in (other, expected):
+        quantize_model(each, config, 32, 4)
+    for (path, found), (_, array) in zip(
+        tree_flatten(other.parameters()), tree_flatten(expected.parameters()), strict=True
+    ):
+        assert mx.array_equal(found, array), path
+
+
+def test_programs_see_the_parameters_of_the_hosts_method():
+    """The host looks at the signature for ``global_scale``."""
+    model, _ = load_model(TINY)
+    for module in quantized_ones(model).values():
+        own = inspect.signature(type(module).to_quantized.__get__(module))
+        assert inspect.signature(module.to_quantized) == own
+    assert type(model.layers[0].mlp.switch_mlp.up_proj) is SwitchLinear
