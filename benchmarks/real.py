@@ -23,8 +23,8 @@ from mlx_lm_qwen3vlmoe.inspection import inspect
 
 HERE = Path(__file__).resolve().parent
 LAYERS, BUDGET, MARGIN = 48, 60e9, 4e9  # of the 30B; bytes of disk; what is left free
-CONVERTED = ("official", "per-expert", "fp8 fused", "fp8")
-LOADED = {"awq": 48, "gptq": 48, "compressed-tensors": 12, "mxfp4": 12, "awq gemv_fast": 12, "nvfp4": 6}  # layers
+CONVERTED = {"official": 48, "per-expert": 12, "fp8 fused": 12, "fp8": 48}  # layers, at most
+LOADED = {"awq": 48, "gptq": 48, "compressed-tensors": 12, "mxfp4": 12, "awq gemv_fast": 12, "nvfp4": 6}
 
 
 @dataclass
@@ -97,8 +97,10 @@ def layers_that_fit(layout: str, folder: Path, most: int, converted: bool) -> in
 def measure(options: argparse.Namespace, folder: Path) -> Run:
     run = Run(folder)
     most = 4 if options.quick else options.layers
-    for layout in ("official", "fp8 fused") if options.quick else CONVERTED:
-        layers = layers_that_fit(layout, folder, most, converted=True)
+    for layout, layers in CONVERTED.items():
+        if options.quick and layout not in ("official", "fp8 fused"):
+            continue
+        layers = layers_that_fit(layout, folder, min(most, layers), converted=True)
         write(folder / "source", Sizes(layers, vocab=VOCABULARY), layout)
         peak = run.convert(layout, layers)
         if layout == "official":
@@ -106,8 +108,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Run:
             run.rows[-2]["compared to mlx-lm's own"] = peak / host
             if peak / host > 0.8:
                 run.failed.append(f"convert -q, official: {peak:.2f} GB, and mlx-lm's own class {host:.2f}")
-        elif layout == CONVERTED[-1]:
-            run.load("MLX's 4 bits, of FP8", layers, "converted")
+        elif layers == LAYERS:
+            run.load("MLX's 4 bits, which came of it", layers, "converted")
         clear(folder)
     for layout, layers in LOADED.items():
         if options.quick and layout != "awq":
