@@ -1,4 +1,4 @@
-"""The command line: ``mlx-lm-qwen3vlmoe inspect | doctor | run``. A function a subcommand: its options, and what it does."""
+"""The command line, ``mlx-lm-qwen3vlmoe``: one function a subcommand, with its options and what it does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ exit status: 0 for yes, 1 for no, with the reason, 2 for a wrong command line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=NAME,
-        description="Qwen3-VL-MoE checkpoints as text models in mlx-lm. Once installed, mlx_lm commands need none of these.",
+        description="Qwen3-VL-MoE as text models in mlx-lm. Once installed, mlx_lm commands need none of these.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

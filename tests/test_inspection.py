@@ -3,119 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import mlx.core as mx
 import mlx_lm.models.qwen3_moe
 import pytest
 from conftest import FIXTURES, QUANTIZED, TINY, run
+from hollow import AWQ, BIG, FP8, awq, bf16, fp8, swapped, tensors, write, write_config
 
 from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.inspection import inspect, render
 
 CAN_SHARD = hasattr(mlx_lm.models.qwen3_moe.Model, "shard")
-BIG = {  # Qwen3-VL-235B-A22B
-    "hidden_size": 4096,
-    "moe_intermediate_size": 1536,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 94,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "dtype": "bfloat16",
-}
 
 
 def inspect_command(*arguments: object, **options):
     return run(sys.executable, "-m", "mlx_lm_qwen3vlmoe", "inspect", *arguments, **options)
-
-
-def tensors(sizes: dict, per_expert: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint: the official layout, or one tensor an expert."""
-    h, i, e, d = (sizes[name] for name in ("hidden_size", "moe_intermediate_size", "num_experts", "head_dim"))
-    heads, kv = sizes["num_attention_heads"] * d, sizes["num_key_value_heads"] * d
-    shapes = {"lm_head.weight": (sizes["vocab_size"], h), "model.visual.patch_embed.proj.weight": (1152, 3, 2, 16, 16)}
-    shapes |= {"model.language_model.embed_tokens.weight": shapes["lm_head.weight"]}
-    shapes |= {"model.language_model.norm.weight": (h,)}
-    for n in range(sizes["num_hidden_layers"]):
-        layer = f"model.language_model.layers.{n}"
-        shapes |= {f"{layer}.{name}_layernorm.weight": (h,) for name in ("input", "post_attention")}
-        shapes |= {f"{layer}.self_attn.{name}_norm.weight": (d,) for name in "qk"}
-        for name, shape in {"q": (heads, h), "k": (kv, h), "v": (kv, h), "o": (h, heads)}.items():
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = shape
-        shapes[f"{layer}.mlp.gate.weight"] = e, h
-        if per_expert:
-            for expert in range(e):
-                experts = f"{layer}.mlp.experts.{expert}"
-                shapes |= {f"{experts}.{name}_proj.weight": (i, h) for name in ("gate", "up")}
-                shapes[f"{experts}.down_proj.weight"] = h, i
-        else:
-            shapes[f"{layer}.mlp.experts.gate_up_proj"] = e, h, 2 * i
-            shapes[f"{layer}.mlp.experts.down_proj"] = e, i, h
-    return shapes
-
-
-def write_config(folder: Path, sizes: dict, **others) -> None:
-    config = json.loads((TINY / "config.json").read_text()) | others
-    config["text_config"] |= sizes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def bf16(shapes: dict) -> dict:
-    """A checkpoint as it is released; entries have a dtype, its size, and a shape."""
-    return {name: ("BF16", 2, shape) for name, shape in shapes.items()}
-
-
-def swapped(shapes: dict) -> dict:
-    """With the axes of the experts swapped, as transformers 5 saves them."""
-    return bf16({name: (s[0], s[2], s[1]) if ".experts." in name else s for name, s in shapes.items()})
-
-
-def fp8(shapes: dict) -> dict:
-    """Every linear layer in blocks of e4m3."""
-    entries = bf16(shapes)
-    for name, shape in shapes.items():
-        if "_proj" in name and ".layers." in name:
-            blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
-            entries |= {name: ("F8_E4M3", 1, shape), f"{name}_scale_inv": ("F32", 4, blocks)}
-    return entries
-
-
-def awq(shapes: dict) -> dict:
-    """Every linear layer as AutoAWQ packs it."""
-    entries = bf16(shapes)
-    for name, shape in shapes.items():
-        if "_proj" in name and ".layers." in name:
-            (out, inputs), layer = shape, name.removesuffix("weight")
-            del entries[name]
-            entries[f"{layer}qweight"] = "I32", 4, (inputs, out // 8)
-            entries[f"{layer}qzeros"] = "I32", 4, (inputs // 128, out // 8)
-            entries[f"{layer}scales"] = "F16", 2, (inputs // 128, out)
-    return entries
-
-
-def write(folder: Path, entries: dict, data: bool = False) -> int:
-    """Write a file of a header, with random data or with none; return the size of the data."""
-    header, offset = {}, 0
-    for name, (dtype, size, shape) in entries.items():
-        end = offset + size * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
-        offset = end
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(random.randbytes(offset) if data else b"")
-    return offset
 
 
 def test_the_235b_shape_is_planned_from_headers_alone(tmp_path):
@@ -190,10 +97,6 @@ mx.eval(model(mx.zeros((1, int(sys.argv[2])), mx.int32), cache=cache))
 gc.collect()
 print(weights, used - weights, mx.get_active_memory() - used)
 """
-
-
-FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}}
 
 
 @pytest.mark.parametrize(
