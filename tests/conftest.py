@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -21,6 +22,12 @@ OURS = "mlx_lm_qwen3vlmoe.model"  # where a model class lives that this package 
 # No test goes to a hub, and none sees the developer's own setting.
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("MLX_LM_PLUGINS", "PYTHONPATH")}
 CLEAN |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal is there
+def pytest_configure(config: pytest.Config) -> None:
+    if config.get_verbosity() == 0 and config.pluginmanager.hasplugin("terminalreporter"):
+        config.pluginmanager.register(Progress(config))
 
 
 def run(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:

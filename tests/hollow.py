@@ -115,7 +115,11 @@ def write(folder: Path, entries: dict, data: bool = False) -> int:
 def vision(out: int) -> dict[str, tuple[int, ...]]:
     """The vision tower of the official releases, for a language model of the hidden size ``out``."""
     h, wide, merged = 1152, 4304, 4 * 1152
-    shapes = {"patch_embed.proj.weight": (h, 3, 2, 16, 16), "patch_embed.proj.bias": (h,), "pos_embed.weight": (2304, h)}
+    shapes = {
+        "patch_embed.proj.weight": (h, 3, 2, 16, 16),
+        "patch_embed.proj.bias": (h,),
+        "pos_embed.weight": (2304, h),
+    }
     for n in range(27):
         for name, (rows, columns) in {
             "attn.qkv": (3 * h, h),
@@ -136,7 +140,9 @@ def mlx(shapes: dict) -> dict:
     """In 4 bits, groups of 64, as mlx-vlm writes it: all but norms and the vision tower."""
     entries = {}
     for name, shape in shapes.items():
-        name = name.replace("model.language_model.", "language_model.model.").replace("lm_head", "language_model.lm_head")
+        name = name.replace("model.language_model.", "language_model.model.").replace(
+            "lm_head", "language_model.lm_head"
+        )
         name = name.replace("model.visual.", "vision_tower.")
         if "norm" in name or "vision_tower" in name:
             entries[name] = "BF16", 2, shape
