@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import mlx.core as mx
 from mlx_lm import load, stream_generate
 
 MODEL = Path(__file__).parent / "tiny-qwen3-vl-moe"
+WIDTH = 39  # of a column, on a terminal of 80
 
 
 def answer(question: str) -> tuple[str, type]:
@@ -40,10 +40,11 @@ def without(question: str) -> str:
 
 def side_by_side(left: list[str], right: list[str]) -> str:
     """Two columns of paragraphs."""
-    width = min(100, shutil.get_terminal_size().columns) // 2 - 2
-    wrap = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).wrap
+    wrap = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False).wrap
     columns = [[line for text in column for line in wrap(text)] for column in (left, right)]
-    return "\n".join(f"{one:<{width}} | {other}" for one, other in itertools.zip_longest(*columns, fillvalue=""))
+    return "\n".join(
+        f"{one:<{WIDTH}}  {other}".rstrip() for one, other in itertools.zip_longest(*columns, fillvalue="")
+    )
 
 
 def main() -> None:
@@ -53,8 +54,8 @@ def main() -> None:
     text, served = answer(question)
     module = sys.modules[served.__module__]
     print(f"Served by {module.__name__}.{served.__name__}, from {os.path.relpath(module.__file__)}\n")
-    ours = ["The same command, with this package", "-" * 35, text.strip()]
-    theirs = ["The same command, with MLX_LM_PLUGINS=0", "-" * 39, without(question)]
+    ours = ["With this package", "-" * WIDTH, text.strip()]
+    theirs = ["With MLX_LM_PLUGINS=0, that is, without", "-" * WIDTH, without(question)]
     print(side_by_side(ours, theirs))
 
 

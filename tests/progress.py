@@ -1,4 +1,4 @@
-"""How far the tests are, what runs, and about how long the rest takes: one line on a terminal, a line a file elsewhere."""
+"""How far the tests are, what runs, and how long the rest takes: one line on a terminal, a line a file elsewhere."""
 
 from __future__ import annotations
 

@@ -293,10 +293,11 @@ def test_the_tiny_checkpoint_is_what_it_says():
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 3_000_000
 
 
-def test_the_demo_shows_question_answer_and_who_served(question):
-    """`make demo`, in the environment of these tests."""
-    stamp = f"{sys.prefix}/demo.stamp"
-    output = run("make", "-C", ROOT, "demo", f"VENV={sys.prefix}", "-o", stamp).stdout
-    assert question["question"] in output
-    assert question["answer"] in output
-    assert "Served by mlx_lm_qwen3vlmoe.model from" in output
+def test_the_demo_prints_what_the_readme_shows():
+    """`make demo`, in the environment of these tests: the answer, who served it, and what the host says without."""
+    output = run("make", "-C", ROOT, "demo", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/demo.stamp").stdout
+    (shown,) = re.findall(r"(?ms)^```text\n(Question .*?)^```$", (ROOT / "README.md").read_text())
+    if "site-packages" in output:  # where the wheel is tested, and not the clone
+        output = re.sub(r"\S+(?=mlx_lm_qwen3vlmoe/model.py)", "", output)
+    output, shown = (re.sub(r"\d+ a second on this \w+", "", text) for text in (output, shown))
+    assert shown[: None if HOST >= (0, 32) else shown.index("With this")] in output
