@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, ROOT, TINY, run
+from conftest import CLEAN, LIMIT, ROOT, TINY, run
 
 BIN = Path(sys.executable).parent
 HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
@@ -156,7 +156,7 @@ def serving(model: Path, log: Path):
             stderr=out,
         )
         try:
-            for _ in range(600):
+            for _ in range(10 * LIMIT):
                 assert server.poll() is None, log.read_text()
                 with socket.socket() as probe:
                     if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -165,7 +165,7 @@ def serving(model: Path, log: Path):
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(LIMIT)
 
 
 def ended(text: str) -> str:
@@ -176,7 +176,7 @@ def ended(text: str) -> str:
 def test_server_completes_streams_and_reuses_the_prompt_cache(tiny_questions, tmp_path):
     first, second = tiny_questions[0], tiny_questions[5]
     with serving(TINY, tmp_path / "log") as url:
-        client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=LIMIT)
         chat = [{"role": "user", "content": first["question"]}]
         reply = client.chat.completions.create(model=str(TINY), messages=chat)
         assert ended(reply.choices[0].message.content) == first["answer"]

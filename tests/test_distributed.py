@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, FIXTURES, OURS, QUANTIZED, ROOT, TINY, run
+from conftest import CLEAN, FIXTURES, LIMIT, OURS, QUANTIZED, ROOT, TINY, run
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
@@ -110,7 +110,7 @@ class Launch:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
-    def reaches(self, what: str, happened: Callable[[], bool], seconds: float = 60) -> None:
+    def reaches(self, what: str, happened: Callable[[], bool], seconds: float = LIMIT) -> None:
         """Wait until something has happened."""
         end = time.monotonic() + seconds
         while not happened():
@@ -118,7 +118,7 @@ class Launch:
             assert time.monotonic() < end, f"not within {seconds} s: {what}\n{self.stdout}\n{self.stderr}"
             time.sleep(0.05)
 
-    def ends(self, seconds: float = 60) -> str:
+    def ends(self, seconds: float = LIMIT) -> str:
         """Wait for the end of all ranks; returns what is on stderr."""
         try:
             self.process.wait(seconds)
@@ -200,12 +200,12 @@ def job(mode: str, path: Path, golden: Path | None = None, dtype: str | None = "
     return {"mode": mode, "path": str(path), "golden": golden and str(golden / "golden.safetensors"), "dtype": dtype}
 
 
-def reports(folder: Path, ranks: int, jobs: dict[str, dict], seconds: int = 240) -> list[dict]:
+def reports(folder: Path, ranks: int, jobs: dict[str, dict]) -> list[dict]:
     """What every rank reports of all jobs."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with launched(folder, ranks, sys.executable, WORKERS / "logits.py", folder / "jobs.json", folder) as launch:
-        launch.ends(seconds)
+        launch.ends()
         assert "Traceback" not in launch.stderr, launch.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -262,7 +262,7 @@ def as_stored(work, tiny, converted) -> list[dict]:
         mode, name = case.split()
         path = {"tiny": tiny, "converted": converted}.get(name) or indexed(QUANTIZED / name, work / name)
         jobs[case] = job(mode, path, dtype=None)
-    return reports(work / "stored", 2, jobs, seconds=90)
+    return reports(work / "stored", 2, jobs)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_the_server_streams_the_trained_answers(work, tiny, tiny_questions, mode
     command = [BIN / "mlx_lm.server", "--model", tiny, "--port", port, *(["--pipeline"] if mode == "pipeline" else [])]
     with launched(work / f"server-{mode}", 2, *command) as launch:
         launch.reaches("a server", lambda: answers(port))
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=LIMIT)
         for pair in tiny_questions[:2]:
             chat = [{"role": "user", "content": pair["question"]}]
             stream = client.chat.completions.create(model=str(tiny), messages=chat, stream=True, temperature=0)
@@ -415,7 +415,7 @@ def test_when_one_rank_is_killed_the_others_and_the_launcher_end(work, tiny, mod
         (pid,) = re.findall(rf"rank {victim} is process (\d+)", launch.stdout)
         os.kill(int(pid), signal.SIGKILL)
         start = time.monotonic()
-        stderr = launch.ends(30)
+        stderr = launch.ends()
         print(f"{mode}: ended after {time.monotonic() - start:.1f} s")
         assert re.search(rf"Node with rank {victim} exited with code -9", stderr)
         assert re.search(rf"Node with rank {1 - victim} (?:exited with code -?[1-9]|was killed)", stderr)
@@ -453,7 +453,7 @@ def memory(work) -> list[dict]:
     paths = [indexed(path, work / f"{path.name}-indexed") for path in (folder, packed)]
     mx.clear_cache()
     with launched(work / "memory", 2, sys.executable, WORKERS / "memory.py", work / "memory", *paths) as launch:
-        assert "Traceback" not in launch.ends(120), launch.stderr
+        assert "Traceback" not in launch.ends(), launch.stderr
     return [json.loads((work / "memory" / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -22,7 +22,7 @@ import mlx
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import CLEAN, ROOT, TINY, run
+from conftest import CLEAN, LIMIT, ROOT, TINY, run
 from mlx_lm.utils import load_model
 
 import mlx_lm_qwen3vlmoe.backend
@@ -160,7 +160,7 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def ask(port: int, still_runs: Callable[[], bool], seconds: float = 120) -> str:
+def ask(port: int, still_runs: Callable[[], bool], seconds: float = LIMIT) -> str:
     """What a server answers, once it listens."""
     end = time.monotonic() + seconds
     while not listens(port):
@@ -189,7 +189,7 @@ def asked_server(command: str, folder: Path) -> str:
             answer = ask(port, lambda: server.poll() is None)
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(LIMIT)
     assert answer
     return answer
 
