@@ -21,6 +21,12 @@ OURS = "mlx_lm_qwen3vlmoe.model"  # where a model class lives that this package 
 
 LIMIT = 300  # seconds that anything may take: no busy machine decides a test
 
+
+def thorough(*values: object) -> list:
+    """Parameters that `make test` leaves out, as the others cover their feature."""
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
 # No test goes to a hub, and none sees the developer's own setting.
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("MLX_LM_PLUGINS", "PYTHONPATH")}
 CLEAN |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, LIMIT, ROOT, TINY, run
+from conftest import CLEAN, LIMIT, ROOT, TINY, run, thorough
 
 BIN = Path(sys.executable).parent
 HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
@@ -208,7 +208,7 @@ def test_convert_to_float_and_load_in_the_unchanged_host(work, question):
     assert_same_in_unchanged_host(path, work)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, *thorough(8)])
 def test_convert_quantized_and_load_in_the_unchanged_host(quantized, work, question, bits):
     path = quantized[bits]
     config = json.loads((path / "config.json").read_text())
@@ -220,6 +220,7 @@ def test_convert_quantized_and_load_in_the_unchanged_host(quantized, work, quest
     assert_same_in_unchanged_host(path, work)
 
 
+@pytest.mark.thorough
 def test_dequantize_and_load_in_the_unchanged_host(quantized, work, question):
     path = work / "dequantized"
     mlx_lm("convert", "--hf-path", quantized[8], "--mlx-path", path, "--dequantize")
@@ -236,6 +237,7 @@ def test_lora_trains_fuses_and_generates(adapters, work):
     assert_same_in_unchanged_host(fused, work)
 
 
+@pytest.mark.thorough
 def test_lora_trains_on_a_quantized_base(quantized, adapters, work):
     path = work / "adapters-4bit"
     train(quantized[4], work / "data", path, iterations=3)  # slow on the CPU
@@ -259,6 +261,7 @@ def test_benchmark_runs():
     assert re.search(r"Averages: prompt_tps=[\d.]+, generation_tps=[\d.]+", output)
 
 
+@pytest.mark.thorough
 def test_perplexity_is_the_same_as_in_the_unchanged_host(quantized, work, tiny_questions):
     """On a local data set: the trained chats."""
     data = work / "texts"

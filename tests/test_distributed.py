@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, FIXTURES, LIMIT, OURS, QUANTIZED, ROOT, TINY, run
+from conftest import CLEAN, FIXTURES, LIMIT, OURS, QUANTIZED, ROOT, TINY, run, thorough
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
@@ -305,6 +305,7 @@ def test_a_converted_checkpoint_over_two_ranks_gives_the_logits_of_one_process(t
     assert_equal(two, f"{mode} converted")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", STORED)
 def test_logits_in_the_dtypes_of_the_checkpoint_are_those_of_one_process(as_stored, case):
     """But for the rounding of sums in 16 bits: what a stage of a pipeline sends has the dtype that the next expects."""
@@ -354,6 +355,7 @@ def test_ranks_that_cannot_share_a_model_are_told_how_many_can(two, three, name)
         assert report[name]["evaluated"] < 50_000
 
 
+@pytest.mark.thorough
 def test_a_refused_launch_ends_with_one_error_a_rank(work, tiny):
     """The command, as a user types it."""
     with launched(work / "refused", 3, BIN / "mlx_lm.chat", "--model", tiny, text="Hello\n") as launch:
@@ -364,7 +366,7 @@ def test_a_refused_launch_ends_with_one_error_a_rank(work, tiny):
         assert launch.leaves_nothing()
 
 
-@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+@pytest.mark.parametrize("mode", ["tensor", *thorough("pipeline")])
 def test_chat_answers_word_for_word(work, tiny, tiny_questions, mode):
     pair = tiny_questions[0]
     command = [BIN / "mlx_lm.chat", "--model", tiny, *(["--pipeline"] if mode == "pipeline" else [])]
@@ -378,7 +380,7 @@ def test_chat_answers_word_for_word(work, tiny, tiny_questions, mode):
         assert launch.leaves_nothing()
 
 
-@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+@pytest.mark.parametrize("mode", [*thorough("tensor"), "pipeline"])
 def test_benchmark_runs(work, tiny, mode):
     """In a pipeline, the host itself may lose a rank in the last trial: the other is done, and gone, before it."""
     command = [BIN / "mlx_lm.benchmark", "--model", tiny, "-p", 32, "-g", 8, "-n", 3]
@@ -390,7 +392,7 @@ def test_benchmark_runs(work, tiny, mode):
             assert "Averages: prompt_tps=" in launch.stdout
 
 
-@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+@pytest.mark.parametrize("mode", ["tensor", *thorough("pipeline")])
 def test_the_server_streams_the_trained_answers(work, tiny, tiny_questions, mode):
     """Two requests, as the ranks must agree on the second as well."""
     port = free_port(1)
@@ -457,6 +459,7 @@ def memory(work) -> list[dict]:
     return [json.loads((work / "memory" / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "case", [f"{name} {mode}" for name in ("large", "large-4bit") for mode in ("tensor", "pipeline")]
 )

@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import mlx
@@ -292,17 +293,18 @@ def template(node: ast.AST) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def templates(files: list[Path]) -> list[str]:
+@cache
+def templates(files: tuple[Path, ...]) -> list[str]:
     """Every text in these sources that a message can be made of."""
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     return [normalized(text) for node in nodes if (text := template(node))]
 
 
-OURS = sorted(Path(mlx_lm_qwen3vlmoe.__file__).parent.rglob("*.py"))
-HOSTS = [
+OURS = tuple(sorted(Path(mlx_lm_qwen3vlmoe.__file__).parent.rglob("*.py")))
+HOSTS = (
     *sorted(Path(next(iter(mlx_lm.__path__))).glob("*.py")),
     *sorted(Path(next(iter(mlx.__path__))).glob("nn/layers/base.py")),
-]
+)
 HEADINGS = dict(re.findall(r"(?m)^### `(.+)`\n\n(.+)$", TROUBLES))
 ELSEWHERE = re.findall(r"(?m)^\| `([^`|]+ [^`|]+)` \|", TROUBLES)  # the reasons that doctor gives
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import OURS, ROOT, TINY, Environment, run
+from conftest import OURS, ROOT, TINY, Environment, run, thorough
 
 from mlx_lm_qwen3vlmoe import __version__
 
@@ -128,10 +128,12 @@ def test_an_editable_install_is_active(tmp_path):
     assert (report["hook"]["how"], report["winner"], report["remedy"]) == (".pth", OURS, None)
 
 
+@pytest.mark.thorough
 def test_isolated_mode_is_fine(installed):
     assert doctor(installed, "-I")["remedy"] is None
 
 
+@pytest.mark.thorough
 def test_a_finder_that_other_code_installed_is_one_by_hand(fresh):
     (fresh.site / STARTUP).unlink()
     (fresh.site / "sitecustomize.py").write_text("import mlx_lm_qwen3vlmoe; mlx_lm_qwen3vlmoe.install()\n")
@@ -139,6 +141,7 @@ def test_a_finder_that_other_code_installed_is_one_by_hand(fresh):
     assert (report["hook"]["how"], report["hook"]["file"], report["remedy"]) == ("by hand", None, None)
 
 
+@pytest.mark.thorough
 def test_the_start_file_is_what_python_3_15_reads(fresh):
     (fresh.site / STARTUP).unlink()
     done = fresh.run(
@@ -180,6 +183,7 @@ def test_a_deleted_start_up_file_is_missed_by_name(fresh):
     assert "--force-reinstall --no-deps mlx-lm-qwen3vlmoe" in report["remedy"]
 
 
+@pytest.mark.thorough
 def test_a_start_up_file_without_effect_is_named(fresh):
     (fresh.site / STARTUP).write_text("# import mlx_lm_qwen3vlmoe.registry\n")
     assert doctor(fresh)["hook"]["reason"].startswith(f"{fresh.site / STARTUP} is there, but had no effect")
@@ -191,6 +195,7 @@ def test_a_folder_on_the_path_is_no_place_for_start_up_files(bare, wheel, tmp_pa
     assert reason.startswith(f"{tmp_path / 'folder'} is on sys.path (PYTHONPATH, or a zip), but start-up files run in")
 
 
+@pytest.mark.thorough
 def test_a_zip_is_no_place_for_start_up_files(bare, wheel, tmp_path):
     shutil.copy(wheel, tmp_path / "application.zip")
     reason = doctor(bare, env={"PYTHONPATH": str(tmp_path / "application.zip")})["hook"]["reason"]
@@ -199,6 +204,7 @@ def test_a_zip_is_no_place_for_start_up_files(bare, wheel, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_the_users_site_packages_may_be_off(bare, wheel, tmp_path):
     base = {"PYTHONUSERBASE": str(tmp_path)}
     users = bare.run("import site; print(site.getusersitepackages())", env=base).stdout.strip()
@@ -207,7 +213,7 @@ def test_the_users_site_packages_may_be_off(bare, wheel, tmp_path):
     assert reason == "the user's site-packages are off (PYTHONNOUSERSITE, -s, or a virtual environment)"
 
 
-@pytest.mark.parametrize("finder", [False, True])
+@pytest.mark.parametrize("finder", [False, *thorough(True)])
 def test_a_checkout_on_the_path_is_not_installed(bare, tmp_path, finder):
     """Whether or not the finder of another package is in force."""
     if finder:
@@ -221,6 +227,7 @@ def test_a_checkout_on_the_path_is_not_installed(bare, tmp_path, finder):
     assert where == f"This is mlx-lm-qwen3vlmoe {__version__}, imported from {ROOT / 'mlx_lm_qwen3vlmoe'}"
 
 
+@pytest.mark.thorough
 def test_an_object_on_the_meta_path_that_fails_costs_no_report(fresh):
     strange = (
         "class Strange:\n"
@@ -240,7 +247,7 @@ def test_an_object_on_the_meta_path_that_fails_costs_no_report(fresh):
     ("setting", "reason", "remedy"),
     [
         ("0", "MLX_LM_PLUGINS=0 turns every plug-in off", "unset MLX_LM_PLUGINS"),
-        ("", "MLX_LM_PLUGINS= turns every plug-in off", "unset MLX_LM_PLUGINS"),
+        pytest.param("", "MLX_LM_PLUGINS= turns every plug-in off", "unset MLX_LM_PLUGINS", marks=pytest.mark.thorough),
         (
             "another",
             "MLX_LM_PLUGINS=another leaves mlx-lm-qwen3vlmoe out",
@@ -265,6 +272,7 @@ def test_every_plugin_is_listed_and_a_skipped_one_with_the_reason(fresh):
     assert report["remedy"] is None
 
 
+@pytest.mark.thorough
 def test_unreadable_metadata_is_listed_with_the_reason(fresh):
     fresh.add_distribution("malformed", "[a]\nb\n[a]\nb\n", {})
     (fresh.site / "malformed-1.0.dist-info" / "METADATA").write_bytes(b"\xff\xfe")
@@ -273,6 +281,7 @@ def test_unreadable_metadata_is_listed_with_the_reason(fresh):
     assert all("unreadable metadata" in reason for reason in report["skipped"].values())
 
 
+@pytest.mark.thorough
 def test_a_claim_on_a_helper_module_of_the_hosts_is_listed_with_the_reason_and_needs_no_remedy(fresh):
     fresh.add_distribution("rival", CLAIM.replace("qwen3_vl_moe", "base"), {"rival_module": MODEL})
     report = doctor(fresh)
@@ -282,6 +291,7 @@ def test_a_claim_on_a_helper_module_of_the_hosts_is_listed_with_the_reason_and_n
     assert (report["winner"], report["remedy"]) == (OURS, None)
 
 
+@pytest.mark.thorough
 def test_distributions_that_cannot_be_listed_are_the_reason_why_the_hosts_own_model_serves(fresh):
     broken = (
         "import sys\n"
@@ -296,6 +306,7 @@ def test_distributions_that_cannot_be_listed_are_the_reason_why_the_hosts_own_mo
     assert report["reason"] == "mlx-lm's own models serve, as distributions cannot be listed: OSError: no disk"
 
 
+@pytest.mark.thorough
 def test_a_plugin_that_spoils_what_this_package_builds_on_is_named(fresh):
     fresh.add_distribution("rival", CLAIM.replace("qwen3_vl_moe", "qwen3_moe"), {"rival_module": MODEL})
     report = doctor(fresh)
@@ -315,6 +326,7 @@ def test_two_claimants_are_a_conflict_which_the_variable_ends(fresh):
     assert doctor(fresh, env={"MLX_LM_PLUGINS": "mlx-lm-qwen3vlmoe"})["remedy"] is None
 
 
+@pytest.mark.thorough
 def test_a_conflict_over_another_type_is_listed_and_needs_no_remedy(fresh):
     for name in ("one", "two"):
         fresh.add_distribution(name, CLAIM.replace("qwen3_vl_moe", "other_type"), {})
@@ -348,6 +360,7 @@ def test_a_plugin_that_fails_to_import_is_reported_with_the_cause(fresh):
     assert report["remedy"].startswith("Repair or uninstall mlx-lm-qwen3vlmoe")
 
 
+@pytest.mark.thorough
 def test_mlx_without_a_backend_is_reported_with_the_extra_that_brings_one(fresh):
     shared = fresh.site.parents[2] / "shared"
     original = (shared / "mlx").resolve()
@@ -359,7 +372,7 @@ def test_mlx_without_a_backend_is_reported_with_the_extra_that_brings_one(fresh)
     assert report["remedy"] == f"{fresh.python} -m pip install {WITH_BACKEND}"
 
 
-@pytest.mark.parametrize("missing", ["mlx_lm", "mlx"])
+@pytest.mark.parametrize("missing", ["mlx_lm", *thorough("mlx")])
 def test_without_mlx_lm_or_mlx_every_command_is_one_line(fresh, missing):
     for entry in (fresh.site.parents[2] / "shared").iterdir():
         if entry.name == missing or entry.name.startswith(f"{missing}-"):
@@ -388,6 +401,7 @@ def test_a_command_of_another_environment_is_named_with_its_python(installed, tm
     assert report["remedy"] == "/elsewhere/bin/python3 -m pip install mlx-lm-qwen3vlmoe"
 
 
+@pytest.mark.thorough
 def test_a_command_of_this_environment_is_no_other(installed, tmp_path):
     """Also through a link, as tools of their own are installed."""
     script = installed.bin.parent / "mlx_lm.generate"
@@ -424,13 +438,14 @@ def test_a_type_that_no_plugin_claims_is_the_hosts(installed):
     assert line.endswith("; no plug-in claims it\n")
 
 
-@pytest.mark.parametrize("model_type", ["no_such_type", "no such type", "../x"])
+@pytest.mark.parametrize("model_type", ["no_such_type", *thorough("no such type", "../x")])
 def test_a_type_that_nobody_has_is_not_in_use(installed, model_type):
     report = doctor(installed, model_type=model_type)
     assert report["reason"].startswith(f"no installed plug-in claims {model_type}, and mlx-lm ")
     assert report["remedy"] == "install one that names it in its entry points, group mlx_lm.models"
 
 
+@pytest.mark.thorough
 def test_a_claim_on_a_name_that_the_host_takes_for_another_is_told(fresh):
     fresh.add_distribution("plug-of-mine", "[mlx_lm.models]\nmistral = my_module\n", {"my_module": MODEL})
     report = doctor(fresh, model_type="mistral")
@@ -441,7 +456,7 @@ def test_a_claim_on_a_name_that_the_host_takes_for_another_is_told(fresh):
 # --- the other commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", [None, "mlx-lm-qwen3vlmoe"])
+@pytest.mark.parametrize("setting", [None, *thorough("mlx-lm-qwen3vlmoe")])
 def test_run_serves_this_packages_type_from_a_checkout_that_is_not_installed(bare, setting, tiny_questions):
     env = {"PYTHONPATH": str(ROOT)} | ({"MLX_LM_PLUGINS": setting} if setting else {})
     asked = ("--model", str(TINY), "--prompt", tiny_questions[0]["question"], "--temp", "0", "--max-tokens", "64")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from conftest import OURS, ROOT, Environment, run
+from conftest import OURS, ROOT, Environment, run, thorough
 
 WHO = """
 import importlib, logging
@@ -18,7 +18,7 @@ class Model: pass
 """
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable"])
+@pytest.fixture(scope="module", params=["wheel", *thorough("editable")])
 def installed(request, tmp_path_factory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp(request.param) / "venv")
     if request.param == "wheel":
@@ -82,6 +82,7 @@ def test_one_module_object_under_both_names_run_once(installed):
     assert done.stdout.strip() == "mlx_lm_qwen3vlmoe.model"
 
 
+@pytest.mark.thorough
 def test_the_winner_is_logged(installed):
     done = installed.run("import logging; logging.basicConfig(level='INFO')\n" + WHO)
     assert "'qwen3_vl_moe' is served by qwen3_vl_moe = mlx_lm_qwen3vlmoe.model (mlx-lm-qwen3vlmoe " in done.stderr
@@ -173,6 +174,7 @@ def test_without_site_the_plugin_can_be_installed_by_hand(installed):
     assert run(installed.python, "-S", "-c", by_hand, **options).stdout.strip() == OURS
 
 
+@pytest.mark.thorough
 def test_a_spawned_child_process_has_it_too(installed, tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(
@@ -213,6 +215,7 @@ def test_any_distribution_can_bring_a_model_type(fresh):
     assert done.stdout.strip() == "my_module"
 
 
+@pytest.mark.thorough
 def test_a_plugin_installed_while_the_interpreter_runs_is_found_after_invalidating_caches(fresh):
     fresh.add_distribution("later", "[mlx_lm.models]\nlate_type = late_module\n", {"late_module": MODEL})
     info = fresh.site / "later-1.0.dist-info"
@@ -265,7 +268,7 @@ def test_a_module_without_the_two_classes_is_named(fresh):
     assert "empty_module has no ModelArgs" in error
 
 
-@pytest.mark.parametrize("content", ["[mlx_lm.models\nx =", "no section = 1\n", "[a]\nb\n[a]\nb\n", "\x00"])
+@pytest.mark.parametrize("content", ["[a]\nb\n[a]\nb\n", *thorough("[mlx_lm.models\nx =", "no section = 1\n", "\x00")])
 def test_malformed_metadata_of_a_foreign_distribution_costs_that_one_only(fresh, content):
     fresh.add_distribution("malformed", content, {})
     (fresh.site / "nameless-1.0.dist-info").mkdir()
@@ -273,6 +276,7 @@ def test_malformed_metadata_of_a_foreign_distribution_costs_that_one_only(fresh,
     assert served_by(fresh, model_type="llama") == "mlx_lm.models.llama"
 
 
+@pytest.mark.thorough
 def test_the_same_distribution_twice_on_the_path_is_no_conflict(fresh, wheel, tmp_path):
     run(sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--target", tmp_path / "second", wheel)
     assert served_by(fresh, env={"PYTHONPATH": str(tmp_path / "second")}) == OURS
