@@ -42,12 +42,14 @@ def fresh(wheel, tmp_path) -> Environment:
     return environment
 
 
-def command(environment: Environment, *arguments: str, env: dict[str, str] | None = None, options: tuple = ()):
-    """`mlx-lm-qwen3vlmoe` with arguments, and its exit status; it never ends in a traceback."""
+def command(
+    environment: Environment, *arguments: str, env: dict | None = None, options: tuple = (), traceback: bool = False
+):
+    """`mlx-lm-qwen3vlmoe` with arguments, and its exit status; it ends in no traceback but a command's of mlx-lm."""
     variables = {"PATH": f"{environment.bin}:/usr/bin:/bin"} | (env or {})
     line = (environment.python, *options, "-m", "mlx_lm_qwen3vlmoe", *arguments)
     done = run(*line, check=False, cwd=environment.bin, env=variables)
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == traceback
     return done
 
 
@@ -463,6 +465,13 @@ def test_run_serves_this_packages_type_from_a_checkout_that_is_not_installed(bar
     done = command(bare, "run", "generate", *asked, env=env)
     assert tiny_questions[0]["answer"] in done.stdout
     assert "which is not installed" not in done.stderr
+
+
+def test_run_heeds_the_variable(installed):
+    if not doctor(installed)["host"]["own_type"]:
+        pytest.skip("this mlx-lm has no such type of its own")
+    done = command(installed, "run", "generate", "--model", str(TINY), env={"MLX_LM_PLUGINS": "0"}, traceback=True)
+    assert "tie_word_embeddings" in done.stderr  # which its own module misses in an official config
 
 
 def test_the_help_of_every_command_has_an_example_and_the_exit_status(installed):

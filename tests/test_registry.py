@@ -197,6 +197,58 @@ def test_get_model_classes_works_without_the_finder(installed):
     assert done.stdout.split() == [OURS, "mlx_lm.models.llama"]
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Environment:
+    """Nothing of this package installed; it is found on PYTHONPATH."""
+    return Environment(tmp_path_factory.mktemp("checkout") / "venv")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, OURS),
+        pytest.param("mlx-lm-qwen3vlmoe", OURS, marks=pytest.mark.thorough),
+        ("0", "mlx_lm.models.qwen3_vl_moe"),
+        pytest.param("other", "mlx_lm.models.qwen3_vl_moe", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_checkout_that_is_not_installed_serves_its_own_type_when_asked_by_name(checkout, setting, expected):
+    env = {"PYTHONPATH": str(ROOT)} | ({} if setting is None else {"MLX_LM_PLUGINS": setting})
+    asked = (
+        "import mlx_lm_qwen3vlmoe as package\n"
+        "print(package.get_model_classes({'model_type': 'qwen3_vl_moe'})[0].__module__)\n"
+        "assert package.install() and package.install()\n"
+    )
+    done = checkout.run(asked + WHO, env=env)
+    assert done.stdout.split() == [expected, expected]
+    assert "'mlx-lm-qwen3vlmoe', which is not installed" not in done.stderr
+
+
+def test_where_it_is_not_installed_the_finder_of_another_copy_makes_way(tmp_path):
+    """That one knows installed distributions only, which are served as before."""
+    environment = Environment(tmp_path / "venv")
+    environment.add_distribution("other", "[mlx_lm.models]\nother_type = other_module\n", {"other_module": MODEL})
+    (environment.site / "copy_of_registry.py").write_text((ROOT / "mlx_lm_qwen3vlmoe" / "registry.py").read_text())
+    (environment.site / "copy.pth").write_text("import copy_of_registry; copy_of_registry.install()\n")
+    code = (
+        "import sys, mlx_lm_qwen3vlmoe\n"
+        "def finders(): return [type(f).__module__ for f in sys.meta_path if hasattr(f, 'mlx_lm_models_finder')]\n"
+        "before = finders(); mlx_lm_qwen3vlmoe.install(); print(*before, *finders())\n"
+    )
+    done = environment.run(code + WHO + WHO.replace("qwen3_vl_moe", "other_type"), env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == ["copy_of_registry", "mlx_lm_qwen3vlmoe.registry", OURS, "other_module"]
+
+
+def test_a_rival_that_is_installed_and_a_checkout_that_is_not_are_a_conflict(tmp_path):
+    environment = Environment(tmp_path / "venv")
+    environment.add_distribution("rival", "[mlx_lm.models]\nqwen3_vl_moe = rival_module\n", {"rival_module": MODEL})
+    code = "import mlx_lm_qwen3vlmoe; mlx_lm_qwen3vlmoe.install()\n" + WHO
+    error = environment.run(code, env={"PYTHONPATH": str(ROOT)}, check=False).stderr
+    assert "PluginError: 2 plug-ins claim the model type 'qwen3_vl_moe': " in error
+    assert "(rival 1.0)" in error
+    assert "(mlx-lm-qwen3vlmoe " in error
+
+
 def test_a_host_that_reads_the_group_with_the_standard_library_gets_the_model(installed):
     done = installed.run(
         "from importlib.metadata import entry_points\n"
