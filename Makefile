@@ -37,7 +37,8 @@ $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: PYTHON=python3.12 make" % sys.version_info[:2])'
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing mlx-lm, this package and what 'make $*' needs in $(VENV). The first time takes a minute or two"
-	@$(BIN)/python -m pip install $$(test -t 1 || echo --quiet) --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@test -t 1 || quiet=--quiet; \
+	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
 # Mutants of every fixture: right numbers, or one error. See docs/fuzzing.md.
