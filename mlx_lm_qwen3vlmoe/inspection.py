@@ -56,10 +56,9 @@ def inspect(
         "complete": not notes,
         "error": None,
         "notes": notes,
-        **planning.machine(),
     }
     with planned(mx.Device(getattr(mx, on)) if on else None):
-        report["device"] = "CPU" if device() == mx.cpu else "GPU"
+        report |= {"device": "CPU" if device() == mx.cpu else "GPU", **planning.machine(device())}
         try:
             report["quantization"] = _quantization(config)
             with _noting(notes if bits is None else []):

@@ -126,14 +126,15 @@ def _parts(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
     return [{"layers": len(cache), "weights_bytes": weights, "cache_bytes": sum(cache) // ranks}] * ranks
 
 
-def machine() -> dict[str, int | None]:
+def machine(device: mx.Device) -> dict[str, int | None]:
     """The memory of this machine, and what of it macOS gives the GPU; None where that is not known.
 
-    It is that of the device where it has its own, and no more than a container may take.
+    It is that of a GPU that has its own, and no more than a container may take.
     """
     info = getattr(mx, "device_info", None) or (mx.metal.device_info if mx.metal.is_available() else dict)
     found: dict[str, Any] = info()
-    sizes = [found[name] for name in ("memory_size", "total_memory") if found.get(name)]
+    own = [] if device == mx.cpu else ["total_memory"]
+    sizes = [found[name] for name in ("memory_size", *own) if found.get(name)]
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sizes = sizes or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
