@@ -332,16 +332,19 @@ def test_a_stage_of_a_pipeline_needs_only_the_files_of_its_own_layers(two):
     assert_equal(two, "own files")
 
 
+@pytest.mark.thorough
 def test_four_layers_over_three_ranks_give_the_logits_of_one_process(three):
     assert [report["uneven"]["layers"] for report in three] == [2, 1, 1]
     assert_equal(three, "uneven")
 
 
+@pytest.mark.thorough
 def test_one_layer_a_rank_gives_torchs_logits(three):
     assert [report["even"]["layers"] for report in three] == [1, 1, 1]
     assert_equal(three, "even")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REFUSALS)
 def test_ranks_that_cannot_share_a_model_are_told_how_many_can(two, three, name):
     """By one error on every rank, before anything has been evaluated."""
@@ -355,7 +358,6 @@ def test_ranks_that_cannot_share_a_model_are_told_how_many_can(two, three, name)
         assert report[name]["evaluated"] < 50_000
 
 
-@pytest.mark.thorough
 def test_a_refused_launch_ends_with_one_error_a_rank(work, tiny):
     """The command, as a user types it."""
     with launched(work / "refused", 3, BIN / "mlx_lm.chat", "--model", tiny, text="Hello\n") as launch:
@@ -408,7 +410,7 @@ def test_the_server_streams_the_trained_answers(work, tiny, tiny_questions, mode
             assert len(chunks) > 5
 
 
-@pytest.mark.parametrize(("mode", "victim"), [("tensor", 1), ("pipeline", 0)])
+@pytest.mark.parametrize(("mode", "victim"), [("tensor", 1), pytest.param("pipeline", 0, marks=pytest.mark.thorough)])
 def test_when_one_rank_is_killed_the_others_and_the_launcher_end(work, tiny, mode, victim):
     """In the middle of an answer. Nothing hangs, and nothing is left over."""
     with launched(work / f"killed-{mode}", 2, sys.executable, WORKERS / "endless.py", tiny, mode) as launch:

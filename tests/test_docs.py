@@ -23,7 +23,7 @@ import mlx
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import CLEAN, LIMIT, ROOT, TINY, run
+from conftest import CLEAN, LIMIT, ROOT, TINY, run, thorough
 from mlx_lm.utils import load_model
 
 import mlx_lm_qwen3vlmoe.backend
@@ -195,9 +195,11 @@ def asked_server(command: str, folder: Path) -> str:
     return answer
 
 
-@pytest.mark.parametrize(
-    "document", [name for name in DOCUMENTS if any(not is_slow(name, text) for _, text in steps(name))]
-)
+RUN = [name for name in DOCUMENTS if any(not is_slow(name, text) for _, text in steps(name))]
+
+
+# The README's take long, and are those of test_commands.py.
+@pytest.mark.parametrize("document", [name for name in RUN if name != "README.md"] + thorough("README.md"))
 def test_the_commands_of_a_document_run_in_its_order(document, tmp_path, tiny_questions):
     folder = folder_for(tmp_path / "folder", tiny_questions)
     if document == "commands.md":  # its commands are slow, and its Python is not
