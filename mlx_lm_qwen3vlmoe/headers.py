@@ -7,6 +7,7 @@ A safetensors file begins with eight bytes, little-endian: the length of the JSO
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
         checkpoint: a folder, or a repository on the hub or in the hub's cache on this machine.
         notes: to add to, about files that are cut short.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = Path(os.path.expanduser(checkpoint))
     if folder.is_dir():
         return folder, local_headers(folder, notes)
     if folder.exists():
@@ -110,18 +111,19 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).exists() for name in names)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The config as the host reads it, of a type of this package; errors have the name of the checkpoint."""
     try:
         config = json.loads((folder / "config.json").read_text())
         if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
             config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
     except (OSError, ValueError, TypeError) as e:
-        raise CheckpointError(f"{folder}: expected config.json, found {e}. Take it from the original model.") from e
+        raise CheckpointError(f"{name}: expected config.json, found {e}. Take it from the original model.") from e
     found = config.get("model_type") if isinstance(config, dict) else config
     if not isinstance(found, str) or found not in MODEL_TYPES:
         if own_module(found):
-            raise CheckpointError(f"{folder}: {found} is mlx-lm's own type: load it as it is.")
-        raise CheckpointError(f"{folder}: model_type: expected {' or '.join(map(repr, MODEL_TYPES))}, found {found!r}.")
+            raise CheckpointError(f"{name}: {found} is mlx-lm's own type: load it as it is.")
+        raise CheckpointError(f"{name}: model_type: expected {' or '.join(map(repr, MODEL_TYPES))}, found {found!r}.")
     return config
 
 

@@ -47,7 +47,7 @@ def inspect(
     notes: list[str] = []
     folder, headers = find(checkpoint, notes)
     tensors = {name: entry for header in headers.values() for name, entry in header.items()}
-    config = read_config(folder)
+    config = read_config(folder, checkpoint)
     report: dict[str, Any] = {
         "checkpoint": checkpoint,
         "layout": _layout(tensors),
@@ -191,4 +191,4 @@ def _aligned(lines: list[tuple[str, str]]) -> str:
 def _size(size: int) -> str:
     """Three figures and a unit: GB of 10⁹ bytes, or MB below 0.1 GB."""
     amount, unit = (size / 1e9, "GB") if size >= 1e8 else (size / 1e6, "MB")
-    return f"{amount:.3g} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
+    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"

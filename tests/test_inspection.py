@@ -307,7 +307,9 @@ def test_a_repository_that_cannot_be_reached_is_one_line(tmp_path):
     assert line.startswith("some/model: no such folder; the hub's cache on this machine does not have all of it, and ")
 
 
-@pytest.mark.parametrize("path", ["./nothing", "/no/thing", "~/nothing", "a/b/c", "nothing/", "."])
+@pytest.mark.parametrize(
+    "path", ["./nothing", "/no/thing", "~/nothing", "~nobody-of-this-name/nothing", "a/b/c", "nothing/", "."]
+)
 def test_a_path_that_is_no_folder_never_gets_to_the_hub(path, tmp_path, monkeypatch):
     """Nor does a folder without a checkpoint."""
     monkeypatch.chdir(tmp_path)
@@ -366,6 +368,7 @@ def test_sizes_are_in_mb_below_a_tenth_of_a_gb():
     assert "\nweights       0.1 GB\n" in render(report | {"weights_bytes": 100_000_000})
     assert "\nweights       99.9 MB\n" in render(report | {"weights_bytes": 99_900_000})
     assert "\nweights       1234 GB\n" in render(report | {"weights_bytes": 1_234_000_000_000})
+    assert "\nweights       1000 GB\n" in render(report | {"weights_bytes": 999_600_000_000})
 
 
 def test_ranks_are_told_only_when_asked_for():
