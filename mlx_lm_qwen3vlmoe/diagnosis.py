@@ -63,7 +63,7 @@ def diagnose(model_type: str = "qwen3_vl_moe") -> dict[str, Any]:
 def why_no_host() -> str | None:
     """Why no command of mlx-lm can run here, and what to do, in one line; None where one can."""
     _, error = _attempt(lambda: (import_module("mlx.core"), import_module("mlx_lm")))
-    return error and ". ".join(_no_host(error))
+    return error and ". Do: ".join(_no_host(error))
 
 
 def own_module(model_type: object) -> str | None:

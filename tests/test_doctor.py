@@ -390,7 +390,7 @@ def test_without_mlx_lm_or_mlx_every_command_is_one_line(fresh, missing):
         (line,) = done.stderr.splitlines()
         assert done.returncode == 1
         assert line.startswith(why)
-        assert line.endswith(f"). {what}")
+        assert line.endswith(f"). Do: {what}")
     assert command(fresh, "--version").stdout.startswith(f"mlx-lm-qwen3vlmoe {__version__} from {fresh.site}")
 
 
