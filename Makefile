@@ -36,7 +36,7 @@ $(VENV)/bench.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))bench
 $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: PYTHON=python3.12 make" % sys.version_info[:2])'
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
-	@echo "Installing mlx-lm, this package and what 'make $*' needs in $(VENV). The first time takes a minute or two"
+	@echo "Installing this package$(if $(EXTRAS), [$(EXTRAS)]) and mlx-lm in $(VENV). The first time takes a minute or two"
 	@test -t 1 || quiet=--quiet; \
 	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
