@@ -10,15 +10,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: demo test lint fuzz matrix bench bench-quick bench-real bench-real-quick clean
+.PHONY: demo test test-all lint fuzz matrix bench bench-quick bench-real bench-real-quick clean
 
 demo: $(VENV)/demo.stamp
-	@echo "\$$ mlx_lm.generate --model $(MODEL) --prompt \"$(QUESTION)\""
-	@$(BIN)/mlx_lm.generate --model $(MODEL) --prompt "$(QUESTION)" --temp 0 --max-tokens 64
-	@$(BIN)/python -c "from mlx_lm.models import qwen3_vl_moe as m; print('Served by', m.__name__, 'from', m.__file__)"
+	@echo "Asking the tiny model in $(MODEL). Another question: make demo QUESTION='Who are you?'"
+	@echo
+	@$(BIN)/python examples/demo.py "$(QUESTION)"
 
+# Every feature, in a few minutes; see the marker "thorough" in pyproject.toml.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=10 -m "not thorough"
+
+test-all: $(VENV)/test.stamp
+	$(BIN)/python -m pytest --durations=10
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -31,8 +35,10 @@ $(VENV)/dev.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))dev
 $(VENV)/bench.stamp: EXTRAS = $(if $(EXTRA),$(EXTRA)$(comma))bench
 $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: PYTHON=python3.12 make" % sys.version_info[:2])'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing this package$(if $(EXTRAS), [$(EXTRAS)]) and mlx-lm in $(VENV). The first time takes a minute or two"
+	@test -t 1 || quiet=--quiet; \
+	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
 # Mutants of every fixture: right numbers, or one error. See docs/fuzzing.md.

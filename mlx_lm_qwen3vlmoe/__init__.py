@@ -11,8 +11,8 @@ _HOMES = {
     "Model": "model",
     "ModelArgs": "model",
     "PluginError": "registry",
-    "get_model_classes": "registry",
-    "install": "registry",
+    "get_model_classes": "claims",
+    "install": "claims",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -1,4 +1,4 @@
-"""The command line: ``mlx-lm-qwen3vlmoe run | inspect | doctor``."""
+"""The command line, ``mlx-lm-qwen3vlmoe``: one function a subcommand, with its options and what it does."""
 
 from __future__ import annotations
 
@@ -6,56 +6,131 @@ import argparse
 import json
 import runpy
 import sys
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .claims import NAME
+
+EXAMPLES = """\
+examples:
+  mlx-lm-qwen3vlmoe inspect Qwen/Qwen3-VL-30B-A3B-Instruct    does it load, and what does it take?
+  mlx-lm-qwen3vlmoe doctor                                    do mlx_lm commands use this package here?
+  mlx-lm-qwen3vlmoe run generate --model MODEL --prompt Hi    mlx_lm.generate, where start-up files do not run
+
+exit status: 0 for yes, 1 for no, with the reason, 2 for a wrong command line
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="mlx-lm-qwen3vlmoe", description="Qwen3-VL-MoE as a text model in mlx-lm.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    run = commands.add_parser("run", help="run an mlx_lm command with the plug-ins, whether or not .pth files run here")
-    run.add_argument("subcommand", help="generate, chat, server, convert, lora, fuse, ...")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
-
-    doctor = commands.add_parser("doctor", help="tell whether plain mlx_lm commands reach this plug-in, and why not")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-
-    inspect = commands.add_parser(
-        "inspect", help="tell what a checkpoint is and takes in memory, from its headers alone"
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description="Qwen3-VL-MoE as text models in mlx-lm. Once installed, mlx_lm commands need none of these.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("checkpoint", help="a folder, or a repository on the hub")
-    inspect.add_argument("--ranks", type=_positive, default=1, help="machines to spread it over")
-    inspect.add_argument(
-        "--context", type=_positive, default=4096, help="tokens in the key-value cache (default: 4096)"
-    )
-    inspect.add_argument(
-        "--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="plan for mlx_lm.convert -q --q-bits BITS"
-    )
-    inspect.add_argument("--device", choices=("cpu", "gpu"), help="plan for this device (default: MLX's choice here)")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object, with sizes in bytes")
-
+    where = Path(__file__).parent
+    parser.add_argument("--version", action="version", version=f"{NAME} {__version__} from {where}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for add in (_inspect, _doctor, _run):
+        add(commands)
     parsed = parser.parse_args(arguments)
-    if parsed.command == "run":
-        from .registry import install
+    parsed.do(parsed)
 
-        install()
-        sys.argv = ["mlx_lm", parsed.subcommand, *parsed.arguments]
-        runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
-    elif parsed.command == "doctor":
-        from . import diagnosis
 
-        report = diagnosis.diagnose()
-        print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report))
-        sys.exit(report["remedy"] is not None)
-    else:
+def _add(commands: Any, name: str, what: str, example: str, status: str) -> argparse.ArgumentParser:
+    """A subcommand, whose help ends with an example and its exit status."""
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example:\n  {NAME} {example}\n\nexit status: {status}, 2 for a wrong command line",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _inspect(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "inspect",
+        "tell whether a checkpoint loads and what it takes in memory, from its headers alone",
+        "inspect Qwen/Qwen3-VL-30B-A3B-Instruct --bits 4 --context 32768",
+        "0 if it loads, 1 if it does not or cannot be read",
+    )
+    parser.add_argument("checkpoint", help="a folder, or a repository on the hub")
+    parser.add_argument("--context", type=_positive, default=4096, help="tokens in the key-value cache (default: 4096)")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="plan for mlx_lm.convert -q --q-bits BITS")
+    parser.add_argument("--ranks", type=_positive, help="machines to spread it over")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="plan for this device (default: MLX's choice here)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with sizes in bytes")
+
+    def do(parsed: argparse.Namespace) -> None:
+        _need_mlx_lm()
         from . import inspection
         from .errors import CheckpointError
 
         try:
             report = inspection.inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
         except (CheckpointError, OSError) as e:
-            parser.exit(1, f"{e}\n")
+            sys.exit(str(e))
         print(json.dumps(report, indent=2) if parsed.json else inspection.render(report))
         sys.exit(report["error"] is not None)
+
+    parser.set_defaults(do=do)
+
+
+def _doctor(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "doctor",
+        "tell whether mlx_lm commands use this package here and, if not, what to do",
+        "doctor --verbose",
+        "0 for OK, 1 for NOT IN USE",
+    )
+    parser.add_argument(
+        "type", nargs="?", default="qwen3_vl_moe", help="another model type, of any plug-in (default: qwen3_vl_moe)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print everything that the verdict comes from")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with all of it")
+
+    def do(parsed: argparse.Namespace) -> None:
+        from . import diagnosis
+
+        report = diagnosis.diagnose(parsed.type)
+        print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report, parsed.verbose))
+        sys.exit(report["reason"] is not None)
+
+    parser.set_defaults(do=do)
+
+
+def _run(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "run",
+        "run an mlx_lm command with this package, also where start-up files do not run",
+        'run generate --model Qwen/Qwen3-VL-30B-A3B-Instruct --prompt "Hello"',
+        "that of the mlx_lm command, 1 if there is no mlx-lm",
+    )
+    parser.add_argument("subcommand", help="generate, chat, server, convert, lora, fuse, ...")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
+
+    def do(parsed: argparse.Namespace) -> None:
+        from . import claims
+
+        claims.install()
+        _need_mlx_lm()
+        sys.argv = ["mlx_lm", parsed.subcommand, *parsed.arguments]
+        runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
+
+    parser.set_defaults(do=do)
+
+
+def _need_mlx_lm() -> None:
+    """One line instead of a traceback."""
+    from . import diagnosis
+
+    if why := diagnosis.why_no_host():
+        sys.exit(why)
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Whether plain ``mlx_lm`` commands reach this plug-in here and, if not, the one thing to do.
+"""Whether plain ``mlx_lm`` commands reach a plug-in here and, if not, why not, and the one thing to do.
 
 Importing this package installs no finder, so the one on ``sys.meta_path`` now is what an ``mlx_lm`` command has too.
 """
@@ -18,31 +18,37 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, registry
+from .claims import MODEL_TYPES, NAME
 
-_NAME = "mlx-lm-qwen3vlmoe"
-_MODULE = f"{__package__}.model"
-_TYPE = "qwen3_vl_moe"
 _SUFFIXES = (".start", ".pth") if sys.version_info >= (3, 15) else (".pth",)  # of start-up files, see PEP 829
 _PIP = f"{sys.executable} -m pip install"
 
 
-def diagnose() -> dict[str, Any]:
-    """What decides which module serves the model type, and ``remedy``: None if the plug-in's does in any process."""
-    host, hostless = _attempt(_host)  # first, as the plug-ins' claims are compared with the host's modules
+def diagnose(model_type: str = "qwen3_vl_moe") -> dict[str, Any]:
+    """What decides which module serves a model type.
+
+    ``reason`` is None if any process gets the plug-in that claims it (or the host's own model, where none does);
+    else it says why not, and ``remedy`` what to do.
+    """
+    host, hostless = _attempt(_host, model_type)  # first, as the plug-ins' claims are compared with the host's modules
     finder, unfound = _attempt(registry.find)
     setting = os.environ.get(registry.VARIABLE)
     scan = finder.scan if isinstance(finder, registry.Finder) else registry.Scan(setting)
     off = None if scan.plugins else f"{registry.VARIABLE}={setting}"
     claims = [claim for claims in registry.Scan(None).plugins.values() for claim in claims]
     backend, unusable = _attempt(_backend)
-    winner, error = _attempt(lambda: import_module(f"{registry.GROUP}.{_TYPE}").Model.__module__)
+    module, error = _attempt(_import, host["module"] if host else model_type)
     report: dict[str, Any] = {
+        "type": model_type,
+        "package": str(Path(__file__).parent),
+        "installed": _attempt(metadata.version, NAME)[0],
         "python": {"version": platform.python_version(), "executable": sys.executable},
-        "versions": {_NAME: __version__} | {name: _attempt(metadata.version, name)[0] for name in ("mlx-lm", "mlx")},
+        "versions": {NAME: __version__} | {name: _attempt(metadata.version, name)[0] for name in ("mlx-lm", "mlx")},
         "backend": backend,
         "hook": _hook(finder, unfound),
         "host": host,
-        "winner": winner,
+        "winner": module and module.__name__,
+        "file": module and getattr(module, "__file__", None),
         "plugins": [vars(claim) | {"skipped": scan.skipped.get(claim.distribution, off)} for claim in claims],
         "skipped": scan.skipped,
         "conflicts": {name: [each.distribution for each in c] for name, c in scan.plugins.items() if len(c) > 1},
@@ -50,7 +56,25 @@ def diagnose() -> dict[str, Any]:
         "command": _attempt(_command)[0],
         "error": unusable or error or hostless,
     }
-    return report | {"remedy": _remedy(report)}
+    reason, remedy = _verdict(report) or (None, None)
+    return report | {"reason": reason, "remedy": remedy}
+
+
+def why_no_host() -> str | None:
+    """Why no command of mlx-lm can run here, and what to do, in one line; None where one can."""
+    _, error = _attempt(lambda: (import_module("mlx.core"), import_module("mlx_lm")))
+    return error and ". Do: ".join(_no_host(error))
+
+
+def own_module(model_type: object) -> str | None:
+    """The module of the host's own for a model type, which a plug-in may hide, or None."""
+    import mlx_lm.models
+    from mlx_lm import utils
+
+    if not isinstance(model_type, str) or not model_type.isidentifier():
+        return None
+    name = getattr(utils, "MODEL_REMAPPING", {}).get(model_type, model_type)
+    return name if PathFinder.find_spec(f"{registry.GROUP}.{name}", mlx_lm.models.__path__) else None
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
@@ -67,13 +91,20 @@ def _backend() -> str:
     return "cpu" if mx.default_device() == mx.cpu else "metal" if mx.metal.is_available() else "cuda"
 
 
-def _host() -> dict[str, bool]:
-    """What mlx-lm has: the type itself, which the finder hides, and what the plug-in passes on."""
-    own = PathFinder.find_spec(f"{registry.GROUP}.{_TYPE}", import_module(registry.GROUP).__path__)
+def _host(model_type: str) -> dict[str, Any]:
+    """What mlx-lm has: the type itself, the module it takes it for, and what this package's model passes on."""
     moe = import_module(f"{registry.GROUP}.qwen3_moe")
+    remapped = getattr(import_module("mlx_lm.utils"), "MODEL_REMAPPING", {}).get(model_type, model_type)
     can = {"shard": hasattr(moe.Model, "shard"), "pipeline": hasattr(getattr(moe, "Qwen3MoeModel", None), "pipeline")}
     can["input_embeddings"] = "input_embeddings" in inspect.signature(moe.Model.__call__).parameters
-    return {"own_type": own is not None, **can}
+    return {"module": remapped, "own_type": own_module(model_type) is not None, **can}
+
+
+def _import(name: str) -> Any:
+    """The module that mlx-lm would take the model from, which has to have one."""
+    module = import_module(f"{registry.GROUP}.{name}")
+    module.Model  # noqa: B018
+    return module
 
 
 def _hook(finder: object | None, unfound: str | None) -> dict[str, Any]:
@@ -109,42 +140,105 @@ def _command() -> dict[str, str] | None:
     return {"path": path, "python": python} if path and Path(python).name.startswith("python") else None
 
 
-def _remedy(report: dict[str, Any]) -> str | None:
-    """The first thing to do, in one line."""
-    hook, winner, error, command = (report[key] for key in ("hook", "winner", "error", "command"))
-    ours = next((plugin for plugin in report["plugins"] if plugin["value"] == _MODULE), None)
-    if registry.EVERYTHING in report["skipped"]:
-        return f"mlx-lm's own models serve, as {report['skipped'][registry.EVERYTHING]}: repair what fails there"
-    if report["host"] is None and "PluginError" in (error or ""):  # of another plug-in, whose module this one imports
-        return f"{_TYPE} cannot be imported: {error}"
-    if report["host"] is None:
-        what = _NAME if sys.platform == "darwin" else f"'{_NAME}[cpu]' (or cuda12, cuda13)"
-        return f"mlx-lm, or a backend of MLX, cannot be imported ({error}): {_PIP} {what}"
+def _verdict(report: dict[str, Any]) -> tuple[str, str] | None:
+    """Why the plug-in is not in use, the first reason that counts, and what to do; None if it is."""
+    name, hook, winner, error, command, host, setting, skipped = (
+        report[key] for key in ("type", "hook", "winner", "error", "command", "host", "variable", "skipped")
+    )
+    claims = [plugin for plugin in report["plugins"] if plugin["model_type"] == name]
+    own = NAME if name in MODEL_TYPES else None
+    plugin = next((each for each in claims if each["distribution"] == own), claims[0] if claims else None)
+    run = f"{sys.executable} -m {__package__} run generate ..."
+    if registry.EVERYTHING in skipped:
+        return f"mlx-lm's own models serve, as {skipped[registry.EVERYTHING]}", "repair what fails there"
+    if host is None:
+        return _broken(name, error) if "PluginError" in error else _no_host(error)
+    if own and not report["installed"]:
+        home = Path(__file__).parents[1]
+        what = f"-e {home}" if (home / "pyproject.toml").exists() else NAME
+        return f"{NAME} is not installed: {home} is on sys.path, and no more than that", f"{_PIP} {what}, or {run}"
+    if plugin is None and own:
+        what = f"{NAME} {report['installed']}, as it is installed, does not claim {name}, which {__version__} would"
+        return what, f"{_PIP} --force-reinstall --no-deps {NAME}"
+    if plugin is None and not host["own_type"]:
+        what = f"no installed plug-in claims {name}, and mlx-lm {report['versions']['mlx-lm']} has no such type"
+        return what, f"install one that names it in its entry points, group {registry.GROUP}"
+    if plugin is None:
+        return _broken(name, error) if error else None
+    who = plugin["distribution"]
     if not hook["active"]:
-        fix = "leave it out" if sys.flags.no_site else f"{_PIP} --force-reinstall --no-deps {_NAME}"
-        return f"{hook['reason']}: {fix}, or {sys.executable} -m {__package__} run generate ..."
-    if ours is None:
-        return f"{__package__} is on sys.path, but not installed: {_PIP} {_NAME}"
-    if ours["skipped"]:
-        return f"{registry.VARIABLE}={report['variable']!r} turns the plug-in off: unset it, or add {_NAME} to it"
-    if others := [name for name in report["conflicts"].get(_TYPE, ()) if name != _NAME]:
-        return f"{' and '.join(others)} claims {_TYPE} too: uninstall it, or set {registry.VARIABLE}={_NAME}"
+        fix = "leave it out" if sys.flags.no_site else f"{_PIP} --force-reinstall --no-deps {NAME}"
+        return hook["reason"], f"{fix}, or {run}"
+    if plugin["skipped"] and (setting or "").strip() in ("", "0"):
+        return f"{registry.VARIABLE}={setting} turns every plug-in off", f"unset {registry.VARIABLE}"
+    if plugin["skipped"]:
+        fix = f"unset it, or export {registry.VARIABLE}={setting},{who}"
+        return f"{registry.VARIABLE}={setting} leaves {who} out", fix
+    if others := [each for each in report["conflicts"].get(name, ()) if each != who]:
+        fix = f"{sys.executable} -m pip uninstall {others[0]}, or export {registry.VARIABLE}={who}"
+        return f"{' and '.join(others)} {'claims' if len(others) == 1 else 'claim'} {name} too", fix
     if error:
-        return f"{_TYPE} cannot be imported: {error}"
-    if winner != _MODULE:
-        return f"{_TYPE} is served by {winner}, with the finder of {hook['finder']} in force: update or uninstall that"
+        return _broken(name, error)
+    if host["module"] != name:
+        fix = f"claim {host['module']} in the plug-in's entry points"
+        return f"mlx-lm takes {name} for {host['module']} before it asks for a plug-in", fix
+    if winner != plugin["value"].strip():
+        return f"{winner} serves it, with the finder of {hook['finder']} in force", "update or uninstall that one"
     if command and Path(command["python"]).parent.resolve() != Path(sys.executable).parent.resolve():
-        return f"{command['path']} is of another environment: {command['python']} -m pip install {_NAME}"
+        return f"{command['path']} is of another environment", f"{command['python']} -m pip install {who}"
     return None
 
 
-def render(report: dict[str, Any]) -> str:
-    """A report in lines for a reader."""
-    lines = []
-    for name, value in report.items():
-        parts = value if isinstance(value, list) else [value]
-        for number, part in enumerate(parts or [None]):
-            if isinstance(part, dict):
-                part = ", ".join(f"{key} {each}" for key, each in part.items() if each is not None)
-            lines.append(f"{'' if number else name:<10} {part or 'none'}")
-    return "\n".join(lines)
+def _no_host(error: str) -> tuple[str, str]:
+    what = NAME if sys.platform == "darwin" else f"'{NAME}[cpu]' (or cuda12, cuda13)"
+    return f"mlx-lm, or a backend of MLX, cannot be imported ({error})", f"{_PIP} {what}"
+
+
+def _broken(model_type: str, error: str) -> tuple[str, str]:
+    """The errors of plug-ins end with a sentence on what to do."""
+    what, _, remedy = error.rpartition(". ") if "PluginError" in error else (error, "", "")
+    return f"{model_type} cannot be imported: {what}", remedy or "repair what is named there"
+
+
+def render(report: dict[str, Any], verbose: bool = False) -> str:
+    """The verdict in a line or three and, if asked for, everything that it comes from."""
+    package = f"{NAME} {report['versions'][NAME]}"
+    claim = next((each for each in report["plugins"] if each["value"].strip() == report["winner"]), None)
+    if report["reason"]:
+        lines = [f"NOT IN USE: {report['reason']}", f"Do: {report['remedy']}"]
+        lines.append(f"This is {package}, imported from {report['package']}")
+    elif claim:
+        version = report["versions"].get(claim["distribution"], claim["version"])
+        who = f"{claim['distribution']} {version} ({report['file']})"
+        lines = [f"OK: mlx_lm.generate runs {report['type']} through {who}"]
+    else:
+        who = f"mlx-lm {report['versions']['mlx-lm']} ({report['file']})"
+        lines = [f"OK: mlx_lm.generate runs {report['type']} through {who}; no plug-in claims it"]
+    return "\n".join([*lines, *(["", *_details(report, package)] if verbose else [])])
+
+
+def _details(report: dict[str, Any], package: str) -> list[str]:
+    """Line by line, what a report has."""
+    hook, host, command = report["hook"], report["host"], report["command"]
+    start = f"{hook['file'] or 'a finder installed by hand'}, the finder of {hook['finder']}"
+    can = [f"{'' if able else 'no '}{what}" for what, able in (host or {}).items() if isinstance(able, bool)]
+    rows = [
+        ("package", f"{package}, imported from {report['package']}; installed: {report['installed'] or 'no'}"),
+        ("Python", f"{report['python']['version']}, {report['python']['executable']}"),
+        ("mlx-lm", f"{report['versions']['mlx-lm']}: {', '.join(can).replace('_', ' ') or 'cannot be imported'}"),
+        ("MLX", f"{report['versions']['mlx']}, backend: {report['backend'] or 'none'}"),
+        ("start-up", start if hook["active"] else f"not active: {hook['reason']}"),
+        (registry.VARIABLE, "not set" if report["variable"] is None else repr(report["variable"])),
+        ("served by", f"{report['winner']} ({report['file']})" if report["winner"] else "nothing"),
+        *(
+            ("plug-in", f"{each['distribution']} {each['version']}: {each['model_type']} = {each['value']}")
+            if not each["skipped"]
+            else ("plug-in", f"{each['distribution']} {each['version']}: not used: {each['skipped']}")
+            for each in report["plugins"]
+        ),
+        *(("conflict", f"{name}: {', '.join(all_)}") for name, all_ in report["conflicts"].items()),
+        *(("not used", f"{what}: {why}") for what, why in report["skipped"].items()),
+        ("command", f"{command['path']}, of {command['python']}" if command else "no mlx_lm.generate on the PATH"),
+        ("error", report["error"] or "none"),
+    ]
+    return [f"{name:<14}  {text}" for name, text in rows]

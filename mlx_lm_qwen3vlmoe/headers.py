@@ -7,12 +7,16 @@ A safetensors file begins with eight bytes, little-endian: the length of the JSO
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from .claims import MODEL_TYPES
+from .diagnosis import own_module
 from .errors import CheckpointError
 
+_INDEX = "model.safetensors.index.json"
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
 
 
@@ -46,18 +50,35 @@ def _data_size(header: Header) -> int:
     return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
-def hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
-    """The small files of a repository, and the headers of its large ones, by range requests."""
+def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
+    """The folder of a checkpoint's config, and the headers of its files.
+
+    Args:
+        checkpoint: a folder, or a repository on the hub or in the hub's cache on this machine.
+        notes: to add to, about files that are cut short.
+    """
+    folder = Path(os.path.expanduser(checkpoint))
+    if folder.is_dir():
+        return folder, local_headers(folder, notes)
+    if folder.exists():
+        raise CheckpointError(f"{checkpoint}: expected a folder, found a file. Name the folder that it is in.")
+    if checkpoint[:1] in (".", "~", "/") or checkpoint.count("/") > 1 or checkpoint.endswith("/"):
+        raise CheckpointError(f"{checkpoint}: no such folder. A repository on the hub has a name like owner/model.")
+    return _hub_headers(checkpoint, notes)
+
+
+def _hub_headers(repository: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
+    """The small files of a repository, and the headers of its large ones, by range requests if they are not cached."""
     from huggingface_hub import get_safetensors_metadata, snapshot_download
 
+    small = ["config.json", "hf_quant_config.json", _INDEX]
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=["config.json", "hf_quant_config.json"]))
-        files = get_safetensors_metadata(repository).files_metadata
+        folder = Path(snapshot_download(repository, allow_patterns=small))
+        files = {} if _is_whole(folder) else get_safetensors_metadata(repository).files_metadata
     except Exception as e:  # its own kinds, by version, and those of its transport
-        reason = str(e).partition("\n")[0]
-        raise CheckpointError(
-            f"{repository}: expected a folder or a reachable repository, found {type(e).__name__}: {reason}"
-        ) from e
+        raise CheckpointError(f"{repository}: no such folder; {_why_not(e)}.") from e
+    if not files:
+        return folder, local_headers(folder, notes)
     return folder, {
         name: {
             tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
@@ -67,15 +88,42 @@ def hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _why_not(error: Exception) -> str:
+    """An error of the hub's library in words."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "HFValidationError" in kinds:
+        return "a repository on the hub has a name like owner/model"
+    if "GatedRepoError" in kinds:
+        return "the hub wants a login (hf auth login), and the terms on the page of that repository accepted"
+    if "RepositoryNotFoundError" in kinds:
+        return "the hub has no such repository, or shows it after a login only (hf auth login)"
+    if "NotASafetensorsRepoError" in kinds:
+        return "the repository of that name on the hub has no safetensors files"
+    reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+    return f"the hub's cache on this machine does not have all of it, and the hub is not reached ({reason})"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the hub's cache has every file with tensors."""
+    if not (folder / _INDEX).exists():
+        return (folder / "model.safetensors").exists()
+    names = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+    return all((folder / name).exists() for name in names)
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The config as the host reads it, of a type of this package; errors have the name of the checkpoint."""
     try:
         config = json.loads((folder / "config.json").read_text())
         if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
             config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
     except (OSError, ValueError, TypeError) as e:
-        raise CheckpointError(f"{folder}: expected config.json, found {e}. Take it from the original model.") from e
-    if (found := config.get("model_type") if isinstance(config, dict) else config) != "qwen3_vl_moe":
-        raise CheckpointError(f"{folder}: model_type: expected 'qwen3_vl_moe', found {found!r}.")
+        raise CheckpointError(f"{name}: expected config.json, found {e}. Take it from the original model.") from e
+    found = config.get("model_type") if isinstance(config, dict) else config
+    if not isinstance(found, str) or found not in MODEL_TYPES:
+        if own_module(found):
+            raise CheckpointError(f"{name}: {found} is mlx-lm's own type: load it as it is.")
+        raise CheckpointError(f"{name}: model_type: expected {' or '.join(map(repr, MODEL_TYPES))}, found {found!r}.")
     return config
 
 

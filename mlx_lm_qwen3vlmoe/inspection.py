@@ -22,19 +22,20 @@ from .backend import device, narrow, planned
 from .config import ModelArgs
 from .description import take_quantization
 from .errors import CheckpointError
-from .headers import Header, hub_headers, local_headers, read_config, write_hollow
+from .headers import Header, find, read_config, write_hollow
 from .model import Model
 from .names import host_name, layer_and_suffix
 
 
 def inspect(
-    checkpoint: str, ranks: int = 1, context: int = 4096, bits: int | None = None, on: str | None = None
+    checkpoint: str, ranks: int | None = None, context: int = 4096, bits: int | None = None, on: str | None = None
 ) -> dict[str, Any]:
     """Describe a checkpoint and plan its memory; all sizes are bytes.
 
     Args:
-        checkpoint: a folder, or the name of a repository on the hub, of which only headers are fetched.
-        ranks: over how many machines to spread it.
+        checkpoint: a folder, or the name of a repository on the hub, of which only headers are fetched, and nothing if
+            it is in the hub's cache.
+        ranks: over how many machines to spread it, if over any.
         context: tokens in the key-value cache.
         bits: plan for what ``mlx_lm.convert -q --q-bits`` makes of it.
         on: ``cpu`` or ``gpu``, if not as MLX chooses here.
@@ -43,11 +44,10 @@ def inspect(
         CheckpointError: there is no such checkpoint, or a file of it cannot be read. That it does not load is no error:
             ``report["error"]`` tells why.
     """
-    folder = Path(checkpoint)
     notes: list[str] = []
-    folder, headers = (folder, local_headers(folder, notes)) if folder.is_dir() else hub_headers(checkpoint)
+    folder, headers = find(checkpoint, notes)
     tensors = {name: entry for header in headers.values() for name, entry in header.items()}
-    config = read_config(folder)
+    config = read_config(folder, checkpoint)
     report: dict[str, Any] = {
         "checkpoint": checkpoint,
         "layout": _layout(tensors),
@@ -58,14 +58,14 @@ def inspect(
         "notes": notes,
     }
     with planned(mx.Device(getattr(mx, on)) if on else None):
-        report["device"] = "CPU" if device() == mx.cpu else "GPU"
+        report |= {"device": "CPU" if device() == mx.cpu else "GPU", **planning.machine(device())}
         try:
             report["quantization"] = _quantization(config)
             with _noting(notes if bits is None else []):
                 model, config = _hollow_model(folder, headers)
             if bits is not None:
                 model, report["convert_bytes"] = _converted(model, config, bits)
-            report |= _plan(model, ranks, context, notes)
+            report |= _plan(model, ranks, context)
         # of the package, or of the host where it stops first
         except (ValueError, KeyError, TypeError, RuntimeError) as e:
             report["error"] = f"{type(e).__name__}: {e}"
@@ -88,12 +88,13 @@ def _converted(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, int 
     return model, peak if floats else None
 
 
-def _plan(model: Any, ranks: int, context: int, notes: list[str]) -> dict[str, Any]:
+def _plan(model: Any, ranks: int | None, context: int) -> dict[str, Any]:
     cache = planning.cache_sizes(model, context)
     plan = planning.memory(model) | {"context": context, "cache_bytes": sum(cache)}
-    if cast := sum(experts.weight.nbytes for experts in narrow(model)):
-        notes.append(f"on the CPU, experts are cast to float32 when first used: {cast / 1e9:.3f} GB more")
-    return plan | planning.shares(model, ranks, cache)
+    # On the CPU, experts in float32 take the place of those in 16 bits when they are first used.
+    plan["first_call_bytes"] = sum(experts.weight.nbytes for experts in narrow(model))
+    plan["needs_bytes"] = plan["weights_bytes"] + plan["cache_bytes"] + plan["first_call_bytes"]
+    return plan | (planning.shares(model, ranks, cache) if ranks else {})
 
 
 @contextlib.contextmanager
@@ -167,30 +168,42 @@ def render(report: dict[str, Any]) -> str:
     ]
     if report["error"]:
         return _aligned([*lines, ("loads", f"no: {report['error']}")])
-    lines += [
-        ("loads", f"yes, for the {report['device']}" + ", once it is complete" * (not report["complete"])),
-        ("weights", _gb(report["weights_bytes"])),
-    ]
-    lines += [("", f"{_gb(size)} {name}") for name, size in report["formats"].items()]
+    lines.append(("loads", f"yes, for the {report['device']}" + ", once it is complete" * (not report["complete"])))
+    lines.append(("weights", _size(report["weights_bytes"])))
+    lines += [("", f"{_size(size)} {name}") for name, size in report["formats"].items()]
     if "convert_bytes" in report:
         peak = report["convert_bytes"]
-        known = f"{_gb(peak)} at its peak" if peak else "unknown: measured for floats and FP8 on a CPU only"
+        known = f"{_size(peak)} at its peak" if peak else "unknown: measured for floats and FP8 on a CPU only"
         lines.append(("convert -q", known))
-    lines += [("cache", f"{_gb(report['cache_bytes'])} at {report['context']} tokens")]
-    for mode in ("tensor", "pipeline"):
+    lines.append(("cache", f"{_size(report['cache_bytes'])} at {report['context']} tokens"))
+    if more := report["first_call_bytes"]:
+        lines.append(("first call", f"{_size(more)} more, as the CPU multiplies these experts in float32"))
+    for mode in ("tensor", "pipeline") if "ranks" in report else ():
         plan = report[mode]
         lines.append((mode, plan["error"] or f"{report['ranks']} of {parallel.listed(plan['allowed'])} ranks"))
         for number, rank in enumerate(plan["ranks"] if report["ranks"] > 1 else []):
-            part = (
-                f"{rank['layers']} layers, {_gb(rank['weights_bytes'])} of weights, {_gb(rank['cache_bytes'])} of cache"
-            )
-            lines.append(("", f"rank {number}: {part}"))
-    return _aligned([*lines, *(("note", note) for note in report["notes"])])
+            part = f"{rank['layers']} layers, {_size(rank['weights_bytes'])} of weights"
+            lines.append(("", f"rank {number}: {part}, {_size(rank['cache_bytes'])} of cache"))
+    lines += [("note", note) for note in report["notes"]]
+    return f"{_needs(report)}\n\n{_aligned(lines)}"
+
+
+def _needs(report: dict[str, Any]) -> str:
+    """The verdict: what the checkpoint takes, and what there is."""
+    needs, has, gpu = (report[key] for key in ("needs_bytes", "machine_bytes", "gpu_bytes"))
+    line = f"needs {_size(needs)}" + f"; this machine has {(has or 0) / 1e9:.1f}" * bool(has)
+    if has and needs > has:
+        return f"{line}, which is not enough"
+    if gpu and needs > gpu and report["device"] == "GPU":
+        return f"{line}, of which the GPU gets {gpu / 1e9:.1f}: raise that as mlx-lm's README says (Large Models)"
+    return line
 
 
 def _aligned(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<13} {text}" for name, text in lines)
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:8.3f} GB"
+def _size(size: int) -> str:
+    """Three figures and a unit: GB of 10⁹ bytes, or MB below 0.1 GB."""
+    amount, unit = (size / 1e9, "GB") if size >= 1e8 else (size / 1e6, "MB")
+    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"

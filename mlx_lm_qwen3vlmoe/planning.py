@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -138,6 +140,24 @@ def _parts(model: Any, ranks: int, cache: list[int]) -> list[dict[str, int]]:
     parallel.cut(model.language_model, Rank(0, ranks))
     weights = sum(array.nbytes for _, array, _ in _arrays(model))
     return [{"layers": len(cache), "weights_bytes": weights, "cache_bytes": sum(cache) // ranks}] * ranks
+
+
+def machine(device: mx.Device) -> dict[str, int | None]:
+    """The memory of this machine, and what of it macOS gives the GPU; None where that is not known.
+
+    It is that of a GPU that has its own, and no more than a container may take.
+    """
+    info = getattr(mx, "device_info", None) or (mx.metal.device_info if mx.metal.is_available() else dict)
+    found: dict[str, Any] = info()
+    own = [] if device == mx.cpu else ["total_memory"]
+    sizes = [found[name] for name in ("memory_size", *own) if found.get(name)]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sizes = sizes or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(Path(limit).read_text()))
+    gpu = found.get("max_recommended_working_set_size")
+    return {"machine_bytes": min(sizes, default=None), "gpu_bytes": gpu}
 
 
 def format_name(parameters: dict[str, Any]) -> str:

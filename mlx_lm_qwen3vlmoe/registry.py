@@ -82,12 +82,16 @@ class Plugin:
 class Scan:
     """The claims found in one environment: the entry points of every distribution, filtered by the variable's value.
 
+    Args:
+        setting: the variable's value, or None.
+        own: claims of a caller that may not be installed. They count as those of an installed distribution.
+
     Attributes:
         plugins: model type → the claims on it, one a distribution, in the order of their names.
         skipped: distribution, file or claim → why its entry points are not used.
     """
 
-    def __init__(self, setting: "str | None") -> None:
+    def __init__(self, setting: "str | None", own: "tuple[Plugin, ...]" = ()) -> None:
         self.plugins: dict[str, list[Plugin]] = {}
         self.skipped: dict[str, str] = {}
         if setting is not None and setting.strip() in ("", "0"):
@@ -97,6 +101,8 @@ class Scan:
         for distribution in self._distributions():
             for plugin in self._claims(distribution):
                 self.plugins.setdefault(plugin.model_type, []).append(plugin)
+        for plugin in own:
+            self._bring(plugin)
         for claimants in self.plugins.values():
             claimants.sort(key=lambda plugin: (_normalized(plugin.distribution), plugin.value))
         self._leave_helpers()
@@ -138,6 +144,17 @@ class Scan:
         for model_type, value in sorted(claims):
             yield Plugin(model_type, name, version, value)
 
+    def _bring(self, plugin: Plugin) -> None:
+        """Add a claim that no distribution of its name makes, unless it is not allowed."""
+        name = _normalized(plugin.distribution)
+        if self._allowed is not None and name not in self._allowed:
+            self.skipped[plugin.distribution] = f"not listed in {VARIABLE}"
+            return
+        self._seen.add(name)
+        claimants = self.plugins.setdefault(plugin.model_type, [])
+        if name not in {_normalized(claimant.distribution) for claimant in claimants}:
+            claimants.append(plugin)
+
     def _leave_helpers(self) -> None:
         """Drop claims on names of the host's helper modules, which every model imports."""
         for name in list(self.plugins):
@@ -149,8 +166,9 @@ class Scan:
 class Finder:
     """A meta path finder for the model types of installed plug-ins (see PEP 451)."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: "tuple[Plugin, ...]" = ()) -> None:
         setattr(self, MARKER, 1)
+        self.own = own
         self._scan: Scan | None = None
         self._resolving: set[str] = set()
 
@@ -158,7 +176,7 @@ class Finder:
     def scan(self) -> Scan:
         """The entry points, read on first use."""
         if self._scan is None:
-            self._scan = Scan(os.environ.get(VARIABLE))
+            self._scan = Scan(os.environ.get(VARIABLE), self.own)
         return self._scan
 
     def invalidate_caches(self) -> None:
@@ -285,24 +303,36 @@ def find() -> object | None:
     return None
 
 
-def install() -> bool:
-    """Put a finder first on ``sys.meta_path``, unless one is there. Never raises; True if one is in force."""
+def install(*own: Plugin) -> bool:
+    """Put a finder first on ``sys.meta_path``, unless one is there. Never raises; True if one is in force.
+
+    Args:
+        own: claims to serve in this process though no installed distribution makes them, of a caller that may be a
+            checkout on ``PYTHONPATH`` or part of a frozen application.
+    """
     try:
-        if find() is None:
-            sys.meta_path.insert(0, Finder())
+        finder = find()
+        if finder is None:
+            sys.meta_path.insert(0, Finder(own))
+        elif own and isinstance(finder, Finder):
+            finder.own += own
+            finder.invalidate_caches()
+        elif any(plugin.model_type not in Scan(None).plugins for plugin in own):
+            # The finder of another copy, of whatever version, knows nothing but what is installed.
+            sys.meta_path[sys.meta_path.index(finder)] = Finder(own)  # type: ignore[arg-type]
         return True
     except Exception:  # this runs at the start of every interpreter
         return False
 
 
-def get_model_classes(config: "dict[str, Any]") -> tuple[type, type]:
+def get_model_classes(config: "dict[str, Any]", own: "tuple[Plugin, ...]" = ()) -> tuple[type, type]:
     """``(Model, ModelArgs)`` for a config, for ``mlx_lm.utils.load_model(get_model_classes=...)``.
 
     The plug-in that claims ``config["model_type"]`` as it stands, with or without the finder in force; else the host's
-    own answer, under the name that the host gives the type.
+    own answer, under the name that the host gives the type. ``own`` are claims as for `install`.
     Raises `PluginError` when a plug-in claims the type and cannot serve it, `ValueError` for an unknown type.
     """
-    plugin = Finder().plugin(config["model_type"])
+    plugin = Finder(own).plugin(config["model_type"])
     if plugin is not None:
         module = plugin.load()
         return module.Model, module.ModelArgs

@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -18,16 +19,30 @@ QUANTIZED = ROOT / "tests" / "quantized" / "fixtures"  # by other tools
 TINY = ROOT / "examples" / "tiny-qwen3-vl-moe"
 OURS = "mlx_lm_qwen3vlmoe.model"  # where a model class lives that this package serves
 
+LIMIT = 300  # seconds that anything may take: no busy machine decides a test
+
+
+def thorough(*values: object) -> list:
+    """Parameters that `make test` leaves out, as the others cover their feature."""
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
 # No test goes to a hub, and none sees the developer's own setting.
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("MLX_LM_PLUGINS", "PYTHONPATH")}
 CLEAN |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal is there
+def pytest_configure(config: pytest.Config) -> None:
+    if config.get_verbosity() == 0 and config.pluginmanager.hasplugin("terminalreporter"):
+        config.pluginmanager.register(Progress(config))
 
 
 def run(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
     """Run a command to its end, with both outputs captured; a failure shows them."""
     environment = CLEAN | options.pop("env", {})
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300, **options
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=LIMIT, **options
     )
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
@@ -128,7 +143,7 @@ def error_in_the_unchanged_host():
 
     yield error
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(LIMIT) == 0
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, thorough
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen3_moe, switch_layers
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -208,7 +208,7 @@ def test_gradients_of_all_weights_are_those_of_experts_in_float32():
         model(PROMPT)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, *thorough(True)])
 def test_full_training_changes_the_weights_and_keeps_their_dtype(compiled):
     model, optimizer = model_of(halves()), optim.SGD(1e-3)
     before, state = {name: mx.array(array) for name, array in stored(model).items()}, [model.state, optimizer.state]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import OURS, TINY, Environment
+from conftest import OURS, TINY, Environment, thorough
 
 MODEL = "class ModelArgs: pass\nclass Model: pass\n"
 WHO = """
@@ -36,7 +36,7 @@ def last_line(environment: Environment, *model_types: str) -> str:
 # --- helper modules -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("helper", ["base", "cache", "switch_layers", "rope_utils"])
+@pytest.mark.parametrize("helper", ["base", *thorough("cache", "switch_layers", "rope_utils")])
 def test_a_claim_on_a_helper_module_of_the_hosts_breaks_no_model_and_one_warning_names_the_claimant(fresh, helper):
     claim(fresh, helper)
     done = fresh.run(WHO, "qwen3_vl_moe", "llama")
@@ -132,7 +132,7 @@ def test_a_plugin_that_spoils_the_hosts_qwen3_moe_is_named_when_this_package_bui
 # --- what cannot be served ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["rival:Model", "rival [extra]", "rival-module", ".rival", "rival."])
+@pytest.mark.parametrize("value", ["rival:Model", *thorough("rival [extra]", "rival-module", ".rival", "rival.")])
 def test_a_value_that_is_no_module_is_an_error_that_names_plugin_and_value(fresh, value):
     fresh.add_distribution("rival", f"[mlx_lm.models]\nmy_type = {value}\n", {"rival": MODEL})
     error = last_line(fresh, "my_type")
@@ -140,7 +140,7 @@ def test_a_value_that_is_no_module_is_an_error_that_names_plugin_and_value(fresh
     assert f"must name a module, such as 'package.module', and nothing after it, but names {value!r}" in error
 
 
-@pytest.mark.parametrize("module", ["rival", "mlx_lm_qwen3vlmoe.model"])
+@pytest.mark.parametrize("module", ["rival", *thorough("mlx_lm_qwen3vlmoe.model")])
 def test_none_in_sys_modules_for_a_plugins_module_is_an_error_with_the_cause(fresh, module):
     claim(fresh, "my_type")
     model_type = "my_type" if module == "rival" else "qwen3_vl_moe"

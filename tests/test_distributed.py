@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, FIXTURES, OURS, QUANTIZED, ROOT, TINY, float32_config, run
+from conftest import CLEAN, FIXTURES, LIMIT, OURS, QUANTIZED, ROOT, TINY, float32_config, run, thorough
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
 
@@ -110,7 +110,7 @@ class Launch:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
-    def reaches(self, what: str, happened: Callable[[], bool], seconds: float = 60) -> None:
+    def reaches(self, what: str, happened: Callable[[], bool], seconds: float = LIMIT) -> None:
         """Wait until something has happened."""
         end = time.monotonic() + seconds
         while not happened():
@@ -118,7 +118,7 @@ class Launch:
             assert time.monotonic() < end, f"not within {seconds} s: {what}\n{self.stdout}\n{self.stderr}"
             time.sleep(0.05)
 
-    def ends(self, seconds: float = 60) -> str:
+    def ends(self, seconds: float = LIMIT) -> str:
         """Wait for the end of all ranks; returns what is on stderr."""
         try:
             self.process.wait(seconds)
@@ -207,12 +207,12 @@ def job(mode: str, path: Path, golden: Path | None = None, dtype: str | None = "
     return {"mode": mode, "path": str(path), "golden": golden and str(golden / "golden.safetensors"), "dtype": dtype}
 
 
-def reports(folder: Path, ranks: int, jobs: dict[str, dict], seconds: int = 240) -> list[dict]:
+def reports(folder: Path, ranks: int, jobs: dict[str, dict]) -> list[dict]:
     """What every rank reports of all jobs."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with launched(folder, ranks, sys.executable, WORKERS / "logits.py", folder / "jobs.json", folder) as launch:
-        launch.ends(seconds)
+        launch.ends()
         assert "Traceback" not in launch.stderr, launch.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -269,7 +269,7 @@ def as_stored(work, tiny, converted) -> list[dict]:
         mode, name = case.split()
         path = {"tiny": tiny, "converted": converted}.get(name) or indexed(QUANTIZED / name, work / name)
         jobs[case] = job(mode, path, dtype=None)
-    return reports(work / "stored", 2, jobs, seconds=90)
+    return reports(work / "stored", 2, jobs)
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +312,7 @@ def test_a_converted_checkpoint_over_two_ranks_gives_the_logits_of_one_process(t
     assert_equal(two, f"{mode} converted")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", STORED)
 def test_logits_in_the_dtypes_of_the_checkpoint_are_those_of_one_process(as_stored, case):
     """But for the rounding of sums in 16 bits: what a stage of a pipeline sends has the dtype that the next expects."""
@@ -338,16 +339,19 @@ def test_a_stage_of_a_pipeline_needs_only_the_files_of_its_own_layers(two):
     assert_equal(two, "own files")
 
 
+@pytest.mark.thorough
 def test_four_layers_over_three_ranks_give_the_logits_of_one_process(three):
     assert [report["uneven"]["layers"] for report in three] == [2, 1, 1]
     assert_equal(three, "uneven")
 
 
+@pytest.mark.thorough
 def test_one_layer_a_rank_gives_torchs_logits(three):
     assert [report["even"]["layers"] for report in three] == [1, 1, 1]
     assert_equal(three, "even")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REFUSALS)
 def test_ranks_that_cannot_share_a_model_are_told_how_many_can(two, three, name):
     """By one error on every rank, before anything has been evaluated."""
@@ -371,7 +375,7 @@ def test_a_refused_launch_ends_with_one_error_a_rank(work, tiny):
         assert launch.leaves_nothing()
 
 
-@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+@pytest.mark.parametrize("mode", ["tensor", *thorough("pipeline")])
 def test_chat_answers_word_for_word(work, tiny, tiny_questions, mode):
     pair = tiny_questions[0]
     command = [BIN / "mlx_lm.chat", "--model", tiny, *(["--pipeline"] if mode == "pipeline" else [])]
@@ -385,6 +389,7 @@ def test_chat_answers_word_for_word(work, tiny, tiny_questions, mode):
         assert launch.leaves_nothing()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["tensor", "pipeline"])
 def test_benchmark_runs(work, tiny, mode):
     """In a pipeline, the host itself may lose a rank in the last trial: the other is done, and gone, before it."""
@@ -397,14 +402,14 @@ def test_benchmark_runs(work, tiny, mode):
             assert "Averages: prompt_tps=" in launch.stdout
 
 
-@pytest.mark.parametrize("mode", ["tensor", "pipeline"])
+@pytest.mark.parametrize("mode", ["tensor", *thorough("pipeline")])
 def test_the_server_streams_the_trained_answers(work, tiny, tiny_questions, mode):
     """Two requests, as the ranks must agree on the second as well."""
     port = free_port(1)
     command = [BIN / "mlx_lm.server", "--model", tiny, "--port", port, *(["--pipeline"] if mode == "pipeline" else [])]
     with launched(work / f"server-{mode}", 2, *command) as launch:
         launch.reaches("a server", lambda: answers(port))
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=LIMIT)
         for pair in tiny_questions[:2]:
             chat = [{"role": "user", "content": pair["question"]}]
             stream = client.chat.completions.create(model=str(tiny), messages=chat, stream=True, temperature=0)
@@ -413,7 +418,7 @@ def test_the_server_streams_the_trained_answers(work, tiny, tiny_questions, mode
             assert len(chunks) > 5
 
 
-@pytest.mark.parametrize(("mode", "victim"), [("tensor", 1), ("pipeline", 0)])
+@pytest.mark.parametrize(("mode", "victim"), [("tensor", 1), pytest.param("pipeline", 0, marks=pytest.mark.thorough)])
 def test_when_one_rank_is_killed_the_others_and_the_launcher_end(work, tiny, mode, victim):
     """In the middle of an answer. Nothing hangs, and nothing is left over."""
     with launched(work / f"killed-{mode}", 2, sys.executable, WORKERS / "endless.py", tiny, mode) as launch:
@@ -422,7 +427,7 @@ def test_when_one_rank_is_killed_the_others_and_the_launcher_end(work, tiny, mod
         (pid,) = re.findall(rf"rank {victim} is process (\d+)", launch.stdout)
         os.kill(int(pid), signal.SIGKILL)
         start = time.monotonic()
-        stderr = launch.ends(30)
+        stderr = launch.ends()
         print(f"{mode}: ended after {time.monotonic() - start:.1f} s")
         assert re.search(rf"Node with rank {victim} exited with code -9", stderr)
         assert re.search(rf"Node with rank {1 - victim} (?:exited with code -?[1-9]|was killed)", stderr)
@@ -460,10 +465,11 @@ def memory(work) -> list[dict]:
     paths = [indexed(path, work / f"{path.name}-indexed") for path in (folder, packed)]
     mx.clear_cache()
     with launched(work / "memory", 2, sys.executable, WORKERS / "memory.py", work / "memory", *paths) as launch:
-        assert "Traceback" not in launch.ends(120), launch.stderr
+        assert "Traceback" not in launch.ends(), launch.stderr
     return [json.loads((work / "memory" / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "case", [f"{name} {mode}" for name in ("large", "large-4bit") for mode in ("tensor", "pipeline")]
 )

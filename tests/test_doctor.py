@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import OURS, ROOT, Environment, run
+from conftest import OURS, ROOT, TINY, Environment, run, thorough
+
+from mlx_lm_qwen3vlmoe import __version__
 
 HOSTS = "mlx_lm.models.qwen3_vl_moe"
 STARTUP = "mlx_lm_qwen3vlmoe_startup.pth"
 CLAIM = "[mlx_lm.models]\nqwen3_vl_moe = rival_module\n"
 MODEL = "class ModelArgs: pass\nclass Model: pass\n"
+WITH_BACKEND = "mlx-lm-qwen3vlmoe" if sys.platform == "darwin" else "'mlx-lm-qwen3vlmoe[cpu]' (or cuda12, cuda13)"
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +42,25 @@ def fresh(wheel, tmp_path) -> Environment:
     return environment
 
 
-def doctor(environment: Environment, *options: str, env: dict[str, str] | None = None) -> dict:
-    """What it reports. It never fails itself, and its exit status is 1 with a remedy of one line."""
-    command = (environment.python, *options, "-m", "mlx_lm_qwen3vlmoe", "doctor", "--json")
+def command(
+    environment: Environment, *arguments: str, env: dict | None = None, options: tuple = (), traceback: bool = False
+):
+    """`mlx-lm-qwen3vlmoe` with arguments, and its exit status; it ends in no traceback but a command's of mlx-lm."""
     variables = {"PATH": f"{environment.bin}:/usr/bin:/bin"} | (env or {})
-    done = run(*command, check=False, cwd=environment.bin, env=variables)
-    assert "Traceback" not in done.stderr
+    line = (environment.python, *options, "-m", "mlx_lm_qwen3vlmoe", *arguments)
+    done = run(*line, check=False, cwd=environment.bin, env=variables)
+    assert ("Traceback" in done.stderr) == traceback
+    return done
+
+
+def doctor(
+    environment: Environment, *options: str, model_type: str = "qwen3_vl_moe", env: dict[str, str] | None = None
+) -> dict:
+    """What it reports. It never fails itself, and its exit status is 1 with a reason and a remedy of one line each."""
+    done = command(environment, "doctor", "--json", model_type, env=env, options=options)
     report = json.loads(done.stdout)
-    assert done.returncode == (report["remedy"] is not None)
-    assert "\n" not in (report["remedy"] or "")
+    assert done.returncode == (report["reason"] is not None) == (report["remedy"] is not None)
+    assert "\n" not in f"{report['reason']}{report['remedy']}"
     return report
 
 
@@ -66,7 +80,10 @@ def test_in_a_plain_environment_the_start_up_file_is_active_and_the_plugin_serve
 
 
 def test_the_keys_of_the_report_are_these(installed):
-    keys = "python versions backend hook host winner plugins skipped conflicts variable command error remedy"
+    keys = (
+        "type package installed python versions backend hook host winner file plugins skipped conflicts variable "
+        "command error reason remedy"
+    )
     assert list(doctor(installed)) == keys.split()
 
 
@@ -78,18 +95,32 @@ def test_the_report_tells_versions_backend_and_what_the_host_can_do(installed):
     assert report["versions"]["mlx-lm"] == __version__
     assert report["versions"]["mlx"] == mx.__version__
     assert report["backend"] in ("cpu", "cuda", "metal")
-    assert set(report["host"]) == {"own_type", "shard", "pipeline", "input_embeddings"}
+    assert set(report["host"]) == {"module", "own_type", "shard", "pipeline", "input_embeddings"}
     assert (
         report["host"]["own_type"] == (Path(sys.modules["mlx_lm"].__file__).parent / "models/qwen3_vl_moe.py").exists()
     )
 
 
-def test_the_command_prints_aligned_lines_of_which_the_last_is_the_remedy(installed):
+def test_the_verdict_is_one_line_with_the_file_that_serves(installed):
     done = run(installed.bin / "mlx-lm-qwen3vlmoe", "doctor", env={"PATH": "/usr/bin:/bin"})
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("python     version 3.")
-    assert lines[-1] == "remedy     none"
-    assert all(line[10] == " " and line[11] != " " for line in lines)
+    file = installed.site / "mlx_lm_qwen3vlmoe" / "model.py"
+    assert done.stdout == (f"OK: mlx_lm.generate runs qwen3_vl_moe through mlx-lm-qwen3vlmoe {__version__} ({file})\n")
+
+
+def test_verbose_adds_aligned_lines_of_what_the_verdict_comes_from(installed):
+    done = command(installed, "doctor", "--verbose", env={"MLX_LM_PLUGINS": "mlx-lm-qwen3vlmoe"})
+    verdict, empty, *lines = done.stdout.splitlines()
+    assert verdict.startswith("OK: ")
+    assert empty == ""
+    assert all(line[14:16] == "  " and line[16] != " " for line in lines)
+    details = {line[:14].strip(): line[16:] for line in lines}
+    package = installed.site / "mlx_lm_qwen3vlmoe"
+    assert details["package"] == (f"mlx-lm-qwen3vlmoe {__version__}, imported from {package}; installed: {__version__}")
+    assert details["start-up"] == f"{installed.site / STARTUP}, the finder of mlx_lm_qwen3vlmoe.registry"
+    assert details["MLX_LM_PLUGINS"] == "'mlx-lm-qwen3vlmoe'"
+    assert details["served by"] == f"mlx_lm_qwen3vlmoe.model ({package / 'model.py'})"
+    assert details["plug-in"] == f"mlx-lm-qwen3vlmoe {__version__}: qwen3_vl_moe = mlx_lm_qwen3vlmoe.model"
+    assert details["error"] == "none"
 
 
 def test_an_editable_install_is_active(tmp_path):
@@ -99,10 +130,12 @@ def test_an_editable_install_is_active(tmp_path):
     assert (report["hook"]["how"], report["winner"], report["remedy"]) == (".pth", OURS, None)
 
 
+@pytest.mark.thorough
 def test_isolated_mode_is_fine(installed):
     assert doctor(installed, "-I")["remedy"] is None
 
 
+@pytest.mark.thorough
 def test_a_finder_that_other_code_installed_is_one_by_hand(fresh):
     (fresh.site / STARTUP).unlink()
     (fresh.site / "sitecustomize.py").write_text("import mlx_lm_qwen3vlmoe; mlx_lm_qwen3vlmoe.install()\n")
@@ -110,6 +143,7 @@ def test_a_finder_that_other_code_installed_is_one_by_hand(fresh):
     assert (report["hook"]["how"], report["hook"]["file"], report["remedy"]) == ("by hand", None, None)
 
 
+@pytest.mark.thorough
 def test_the_start_file_is_what_python_3_15_reads(fresh):
     (fresh.site / STARTUP).unlink()
     done = fresh.run(
@@ -139,8 +173,8 @@ def test_the_finder_of_another_package_serves_as_well_and_is_named(fresh):
 def test_without_site_the_reason_is_the_option(installed):
     paths = f"{installed.site}:{installed.site.parents[2] / 'shared'}"
     report = doctor(installed, "-S", env={"PYTHONPATH": paths})
-    assert report["hook"]["reason"] == "Python runs with -S, which reads no start-up files"
-    assert report["remedy"].startswith("Python runs with -S, which reads no start-up files: leave it out, or ")
+    assert report["reason"] == "Python runs with -S, which reads no start-up files"
+    assert report["remedy"].startswith("leave it out, or ")
     assert report["winner"] != OURS
 
 
@@ -151,6 +185,7 @@ def test_a_deleted_start_up_file_is_missed_by_name(fresh):
     assert "--force-reinstall --no-deps mlx-lm-qwen3vlmoe" in report["remedy"]
 
 
+@pytest.mark.thorough
 def test_a_start_up_file_without_effect_is_named(fresh):
     (fresh.site / STARTUP).write_text("# import mlx_lm_qwen3vlmoe.registry\n")
     assert doctor(fresh)["hook"]["reason"].startswith(f"{fresh.site / STARTUP} is there, but had no effect")
@@ -162,6 +197,7 @@ def test_a_folder_on_the_path_is_no_place_for_start_up_files(bare, wheel, tmp_pa
     assert reason.startswith(f"{tmp_path / 'folder'} is on sys.path (PYTHONPATH, or a zip), but start-up files run in")
 
 
+@pytest.mark.thorough
 def test_a_zip_is_no_place_for_start_up_files(bare, wheel, tmp_path):
     shutil.copy(wheel, tmp_path / "application.zip")
     reason = doctor(bare, env={"PYTHONPATH": str(tmp_path / "application.zip")})["hook"]["reason"]
@@ -170,6 +206,7 @@ def test_a_zip_is_no_place_for_start_up_files(bare, wheel, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_the_users_site_packages_may_be_off(bare, wheel, tmp_path):
     base = {"PYTHONUSERBASE": str(tmp_path)}
     users = bare.run("import site; print(site.getusersitepackages())", env=base).stdout.strip()
@@ -178,15 +215,21 @@ def test_the_users_site_packages_may_be_off(bare, wheel, tmp_path):
     assert reason == "the user's site-packages are off (PYTHONNOUSERSITE, -s, or a virtual environment)"
 
 
-def test_sources_without_metadata_are_not_installed(bare):
-    done = bare.run(
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from mlx_lm_qwen3vlmoe import diagnosis, registry; registry.install(); print(diagnosis.diagnose()['remedy'])",
-        ROOT,
-    )
-    assert done.stdout.startswith("mlx_lm_qwen3vlmoe is on sys.path, but not installed: ")
+@pytest.mark.parametrize("finder", [False, *thorough(True)])
+def test_a_checkout_on_the_path_is_not_installed(bare, tmp_path, finder):
+    """Whether or not the finder of another package is in force."""
+    if finder:
+        (tmp_path / "sitecustomize.py").write_text("import mlx_lm_qwen3vlmoe.registry as r; r.install()\n")
+    done = command(bare, "doctor", env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    assert done.returncode == 1
+    why, remedy, where = done.stdout.splitlines()
+    assert why == f"NOT IN USE: mlx-lm-qwen3vlmoe is not installed: {ROOT} is on sys.path, and no more than that"
+    python = bare.python
+    assert remedy == f"Do: {python} -m pip install -e {ROOT}, or {python} -m mlx_lm_qwen3vlmoe run generate ..."
+    assert where == f"This is mlx-lm-qwen3vlmoe {__version__}, imported from {ROOT / 'mlx_lm_qwen3vlmoe'}"
 
 
+@pytest.mark.thorough
 def test_an_object_on_the_meta_path_that_fails_costs_no_report(fresh):
     strange = (
         "class Strange:\n"
@@ -196,20 +239,29 @@ def test_an_object_on_the_meta_path_that_fails_costs_no_report(fresh):
     )
     (fresh.site / STARTUP).unlink()
     (fresh.site / "sitecustomize.py").write_text(f"import sys\n{strange}sys.meta_path.append(Strange())\n")
-    assert doctor(fresh)["remedy"].startswith("sys.meta_path has an object that fails (AssertionError: strange): ")
+    assert doctor(fresh)["reason"] == "sys.meta_path has an object that fails (AssertionError: strange)"
 
 
 # --- the finder is there, and the plug-in is not the one ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", ["0", "", "another"])
-def test_the_variable_that_turns_the_plugin_off_is_named(installed, setting):
+@pytest.mark.parametrize(
+    ("setting", "reason", "remedy"),
+    [
+        ("0", "MLX_LM_PLUGINS=0 turns every plug-in off", "unset MLX_LM_PLUGINS"),
+        pytest.param("", "MLX_LM_PLUGINS= turns every plug-in off", "unset MLX_LM_PLUGINS", marks=pytest.mark.thorough),
+        (
+            "another",
+            "MLX_LM_PLUGINS=another leaves mlx-lm-qwen3vlmoe out",
+            "unset it, or export MLX_LM_PLUGINS=another,mlx-lm-qwen3vlmoe",
+        ),
+    ],
+)
+def test_the_variable_that_turns_the_plugin_off_is_named(installed, setting, reason, remedy):
     report = doctor(installed, env={"MLX_LM_PLUGINS": setting})
     assert report["variable"] == setting
     assert report["plugins"][0]["skipped"]
-    assert report["remedy"] == (
-        f"MLX_LM_PLUGINS={setting!r} turns the plug-in off: unset it, or add mlx-lm-qwen3vlmoe to it"
-    )
+    assert (report["reason"], report["remedy"]) == (reason, remedy)
 
 
 def test_every_plugin_is_listed_and_a_skipped_one_with_the_reason(fresh):
@@ -222,6 +274,7 @@ def test_every_plugin_is_listed_and_a_skipped_one_with_the_reason(fresh):
     assert report["remedy"] is None
 
 
+@pytest.mark.thorough
 def test_unreadable_metadata_is_listed_with_the_reason(fresh):
     fresh.add_distribution("malformed", "[a]\nb\n[a]\nb\n", {})
     (fresh.site / "malformed-1.0.dist-info" / "METADATA").write_bytes(b"\xff\xfe")
@@ -230,6 +283,7 @@ def test_unreadable_metadata_is_listed_with_the_reason(fresh):
     assert all("unreadable metadata" in reason for reason in report["skipped"].values())
 
 
+@pytest.mark.thorough
 def test_a_claim_on_a_helper_module_of_the_hosts_is_listed_with_the_reason_and_needs_no_remedy(fresh):
     fresh.add_distribution("rival", CLAIM.replace("qwen3_vl_moe", "base"), {"rival_module": MODEL})
     report = doctor(fresh)
@@ -239,6 +293,7 @@ def test_a_claim_on_a_helper_module_of_the_hosts_is_listed_with_the_reason_and_n
     assert (report["winner"], report["remedy"]) == (OURS, None)
 
 
+@pytest.mark.thorough
 def test_distributions_that_cannot_be_listed_are_the_reason_why_the_hosts_own_model_serves(fresh):
     broken = (
         "import sys\n"
@@ -250,25 +305,30 @@ def test_distributions_that_cannot_be_listed_are_the_reason_why_the_hosts_own_mo
     (fresh.site / "sitecustomize.py").write_text(broken)
     report = doctor(fresh)
     assert report["winner"] != OURS
-    assert report["remedy"] == (
-        "mlx-lm's own models serve, as distributions cannot be listed: OSError: no disk: repair what fails there"
-    )
+    assert report["reason"] == "mlx-lm's own models serve, as distributions cannot be listed: OSError: no disk"
 
 
+@pytest.mark.thorough
 def test_a_plugin_that_spoils_what_this_package_builds_on_is_named(fresh):
     fresh.add_distribution("rival", CLAIM.replace("qwen3_vl_moe", "qwen3_moe"), {"rival_module": MODEL})
-    remedy = doctor(fresh)["remedy"]
-    assert remedy.startswith("qwen3_vl_moe cannot be imported: PluginError: The plug-in qwen3_moe = rival_module")
+    report = doctor(fresh)
+    assert report["reason"].startswith(
+        "qwen3_vl_moe cannot be imported: PluginError: The plug-in qwen3_moe = rival_module"
+    )
+    assert report["remedy"].startswith("Update or uninstall rival")
 
 
 def test_two_claimants_are_a_conflict_which_the_variable_ends(fresh):
     fresh.add_distribution("rival", CLAIM, {"rival_module": MODEL})
     report = doctor(fresh)
     assert report["conflicts"] == {"qwen3_vl_moe": ["mlx-lm-qwen3vlmoe", "rival"]}
-    assert report["remedy"] == ("rival claims qwen3_vl_moe too: uninstall it, or set MLX_LM_PLUGINS=mlx-lm-qwen3vlmoe")
+    assert report["reason"] == "rival claims qwen3_vl_moe too"
+    uninstall = f"{fresh.python} -m pip uninstall rival"
+    assert report["remedy"] == f"{uninstall}, or export MLX_LM_PLUGINS=mlx-lm-qwen3vlmoe"
     assert doctor(fresh, env={"MLX_LM_PLUGINS": "mlx-lm-qwen3vlmoe"})["remedy"] is None
 
 
+@pytest.mark.thorough
 def test_a_conflict_over_another_type_is_listed_and_needs_no_remedy(fresh):
     for name in ("one", "two"):
         fresh.add_distribution(name, CLAIM.replace("qwen3_vl_moe", "other_type"), {})
@@ -290,17 +350,19 @@ def test_a_finder_of_another_package_that_does_not_know_the_plugin_is_named(fres
     assert report["winner"] != OURS
     assert report["remedy"]
     if report["host"]["own_type"]:
-        assert report["remedy"].startswith(f"qwen3_vl_moe is served by {HOSTS}, with the finder of old_plugin in force")
+        assert report["reason"] == f"{HOSTS} serves it, with the finder of old_plugin in force"
 
 
 def test_a_plugin_that_fails_to_import_is_reported_with_the_cause(fresh):
     (fresh.site / "mlx_lm_qwen3vlmoe" / "model.py").write_text("import no_such_dependency\n")
     report = doctor(fresh)
     assert report["winner"] is None
-    assert report["remedy"].startswith("qwen3_vl_moe cannot be imported: PluginError: ")
-    assert "No module named 'no_such_dependency'" in report["remedy"]
+    assert report["reason"].startswith("qwen3_vl_moe cannot be imported: PluginError: ")
+    assert "No module named 'no_such_dependency'" in report["reason"]
+    assert report["remedy"].startswith("Repair or uninstall mlx-lm-qwen3vlmoe")
 
 
+@pytest.mark.thorough
 def test_mlx_without_a_backend_is_reported_with_the_extra_that_brings_one(fresh):
     shared = fresh.site.parents[2] / "shared"
     original = (shared / "mlx").resolve()
@@ -308,38 +370,117 @@ def test_mlx_without_a_backend_is_reported_with_the_extra_that_brings_one(fresh)
     shutil.copytree(original, shared / "mlx", ignore=shutil.ignore_patterns("lib", "include", "share", "*.so"))
     report = doctor(fresh)
     assert report["backend"] is None
-    assert report["remedy"].startswith("mlx-lm, or a backend of MLX, cannot be imported (")
-    what = "mlx-lm-qwen3vlmoe" if sys.platform == "darwin" else "'mlx-lm-qwen3vlmoe[cpu]' (or cuda12, cuda13)"
-    assert report["remedy"].endswith(f"-m pip install {what}")
+    assert report["reason"].startswith("mlx-lm, or a backend of MLX, cannot be imported (")
+    assert report["remedy"] == f"{fresh.python} -m pip install {WITH_BACKEND}"
 
 
-def test_a_missing_mlx_lm_is_reported(fresh):
-    for entry in (fresh.site.parents[2] / "shared").glob("mlx_lm*"):
-        entry.unlink()
+@pytest.mark.parametrize("missing", ["mlx_lm", *thorough("mlx")])
+def test_without_mlx_lm_or_mlx_every_command_is_one_line(fresh, missing):
+    for entry in (fresh.site.parents[2] / "shared").iterdir():
+        if entry.name == missing or entry.name.startswith(f"{missing}-"):
+            entry.unlink()
+    why = f"mlx-lm, or a backend of MLX, cannot be imported (ModuleNotFoundError: No module named '{missing}"
+    what = f"{fresh.python} -m pip install {WITH_BACKEND}"
     report = doctor(fresh)
-    assert report["versions"]["mlx-lm"] is None
-    assert "No module named 'mlx_lm'" in report["remedy"]
+    assert report["versions"][missing.replace("_", "-")] is None
+    assert report["reason"].startswith(why)
+    assert report["remedy"] == what
+    for arguments in (("inspect", str(TINY)), ("run", "generate", "--model", str(TINY))):
+        done = command(fresh, *arguments)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1
+        assert line.startswith(why)
+        assert line.endswith(f"). Do: {what}")
+    assert command(fresh, "--version").stdout.startswith(f"mlx-lm-qwen3vlmoe {__version__} from {fresh.site}")
 
 
 def test_a_command_of_another_environment_is_named_with_its_python(installed, tmp_path):
-    command = tmp_path / "mlx_lm.generate"
-    command.write_text("#!/elsewhere/bin/python3\n")
-    command.chmod(0o755)
+    script = tmp_path / "mlx_lm.generate"
+    script.write_text("#!/elsewhere/bin/python3\n")
+    script.chmod(0o755)
     report = doctor(installed, env={"PATH": str(tmp_path)})
-    assert report["remedy"] == (
-        f"{command} is of another environment: /elsewhere/bin/python3 -m pip install mlx-lm-qwen3vlmoe"
-    )
+    assert report["reason"] == f"{script} is of another environment"
+    assert report["remedy"] == "/elsewhere/bin/python3 -m pip install mlx-lm-qwen3vlmoe"
 
 
+@pytest.mark.thorough
 def test_a_command_of_this_environment_is_no_other(installed, tmp_path):
     """Also through a link, as tools of their own are installed."""
-    command = installed.bin.parent / "mlx_lm.generate"
-    command.write_text(f"#!{installed.python}\n")
-    command.chmod(0o755)
-    (tmp_path / "mlx_lm.generate").symlink_to(command)
+    script = installed.bin.parent / "mlx_lm.generate"
+    script.write_text(f"#!{installed.python}\n")
+    script.chmod(0o755)
+    (tmp_path / "mlx_lm.generate").symlink_to(script)
     report = doctor(installed, env={"PATH": str(tmp_path)})
     assert report["command"] == {"path": str(tmp_path / "mlx_lm.generate"), "python": str(installed.python)}
     assert report["remedy"] is None
+
+
+# --- the types of other plug-ins ------------------------------------------------------------------------------------
+
+
+def test_the_type_of_another_plugin_has_its_own_verdict(fresh):
+    fresh.add_distribution("plug-of-mine", "[mlx_lm.models]\nmy_type = my_module\n", {"my_module": MODEL})
+    done = command(fresh, "doctor", "my_type")
+    file = fresh.site / "my_module.py"
+    assert done.stdout == f"OK: mlx_lm.generate runs my_type through plug-of-mine 1.0 ({file})\n"
+    assert doctor(fresh, model_type="my_type", env={"MLX_LM_PLUGINS": "mlx-lm-qwen3vlmoe"})["remedy"] == (
+        "unset it, or export MLX_LM_PLUGINS=mlx-lm-qwen3vlmoe,plug-of-mine"
+    )
+
+
+def test_a_type_that_no_plugin_claims_is_the_hosts(installed):
+    from mlx_lm.models import llama
+
+    file = installed.site.parents[2] / "shared" / "mlx_lm" / "models" / "llama.py"
+    for model_type in ("llama", "mistral"):  # which the host takes for llama
+        report = doctor(installed, model_type=model_type)
+        assert (report["winner"], report["file"]) == (llama.__name__, str(file))
+    line = command(installed, "doctor", "llama").stdout
+    assert line.startswith("OK: mlx_lm.generate runs llama through mlx-lm ")
+    assert line.endswith("; no plug-in claims it\n")
+
+
+@pytest.mark.parametrize("model_type", ["no_such_type", *thorough("no such type", "../x")])
+def test_a_type_that_nobody_has_is_not_in_use(installed, model_type):
+    report = doctor(installed, model_type=model_type)
+    assert report["reason"].startswith(f"no installed plug-in claims {model_type}, and mlx-lm ")
+    assert report["remedy"] == "install one that names it in its entry points, group mlx_lm.models"
+
+
+@pytest.mark.thorough
+def test_a_claim_on_a_name_that_the_host_takes_for_another_is_told(fresh):
+    fresh.add_distribution("plug-of-mine", "[mlx_lm.models]\nmistral = my_module\n", {"my_module": MODEL})
+    report = doctor(fresh, model_type="mistral")
+    assert report["reason"] == "mlx-lm takes mistral for llama before it asks for a plug-in"
+    assert report["remedy"] == "claim llama in the plug-in's entry points"
+
+
+# --- the other commands ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", [None, *thorough("mlx-lm-qwen3vlmoe")])
+def test_run_serves_this_packages_type_from_a_checkout_that_is_not_installed(bare, setting, tiny_questions):
+    env = {"PYTHONPATH": str(ROOT)} | ({"MLX_LM_PLUGINS": setting} if setting else {})
+    asked = ("--model", str(TINY), "--prompt", tiny_questions[0]["question"], "--temp", "0", "--max-tokens", "64")
+    done = command(bare, "run", "generate", *asked, env=env)
+    assert tiny_questions[0]["answer"] in done.stdout
+    assert "which is not installed" not in done.stderr
+
+
+def test_run_heeds_the_variable(installed):
+    if not doctor(installed)["host"]["own_type"]:
+        pytest.skip("this mlx-lm has no such type of its own")
+    done = command(installed, "run", "generate", "--model", str(TINY), env={"MLX_LM_PLUGINS": "0"}, traceback=True)
+    assert "tie_word_embeddings" in done.stderr  # which its own module misses in an official config
+
+
+def test_the_help_of_every_command_has_an_example_and_the_exit_status(installed):
+    for arguments in ((), ("inspect",), ("doctor",), ("run",)):
+        text = command(installed, *arguments, "--help").stdout
+        assert re.search(r"(?m)^examples?:\n  mlx-lm-qwen3vlmoe ", text)
+        assert re.search(r"(?m)^exit status: .*\b1\b.*\b2 for a wrong command line$", text)
+    done = command(installed, "no_such_command")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 # --- the log --------------------------------------------------------------------------------------------------------

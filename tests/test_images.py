@@ -10,7 +10,7 @@ import time
 import mlx.core as mx
 import openai
 import pytest
-from conftest import TINY, run
+from conftest import LIMIT, TINY, run
 from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.utils import load_model, quantize_model
 from test_commands import BIN, serving
@@ -211,7 +211,7 @@ def test_the_server_refuses_images_and_goes_on_after_a_placeholder(tiny_question
     url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
     image = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": url}}]
     with serving(TINY, log) as base:
-        api = openai.OpenAI(base_url=base, api_key="none", timeout=120, max_retries=0)
+        api = openai.OpenAI(base_url=base, api_key="none", timeout=LIMIT, max_retries=0)
 
         def ask(content: str | list, **options) -> str:
             reply = api.chat.completions.create(model=str(TINY), messages=chat(content), **options)
@@ -236,7 +236,7 @@ def test_the_server_refuses_images_and_goes_on_after_a_placeholder(tiny_question
 
 def written(log, text: str) -> None:
     """Wait until the server's log has this."""
-    for _ in range(100):
+    for _ in range(10 * LIMIT):
         if text in log.read_text():
             return
         time.sleep(0.1)

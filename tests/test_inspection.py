@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import random
 import re
 import sys
 import time
@@ -15,107 +14,22 @@ from threading import Thread
 import mlx.core as mx
 import mlx_lm.models.qwen3_moe
 import pytest
-from conftest import FIXTURES, QUANTIZED, TINY, run
+from conftest import FIXTURES, QUANTIZED, TINY, run, thorough
+from hollow import AWQ, BIG, FP8, awq, bf16, fp8, swapped, tensors, write, write_config
 
+import mlx_lm_qwen3vlmoe.headers
 from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.inspection import inspect, render
 
+THOROUGH = pytest.mark.thorough
 CAN_SHARD = hasattr(mlx_lm.models.qwen3_moe.Model, "shard")
-BIG = {  # Qwen3-VL-235B-A22B
-    "hidden_size": 4096,
-    "moe_intermediate_size": 1536,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 94,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "dtype": "bfloat16",
-}
+
+
+EMPTY = "expected model*.safetensors, found none. Is the download complete?"
 
 
 def inspect_command(*arguments: object, **options):
     return run(sys.executable, "-m", "mlx_lm_qwen3vlmoe", "inspect", *arguments, **options)
-
-
-def tensors(sizes: dict, per_expert: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint: the official layout, or one tensor an expert."""
-    h, i, e, d = (sizes[name] for name in ("hidden_size", "moe_intermediate_size", "num_experts", "head_dim"))
-    heads, kv = sizes["num_attention_heads"] * d, sizes["num_key_value_heads"] * d
-    shapes = {"lm_head.weight": (sizes["vocab_size"], h), "model.visual.patch_embed.proj.weight": (1152, 3, 2, 16, 16)}
-    shapes |= {"model.language_model.embed_tokens.weight": shapes["lm_head.weight"]}
-    shapes |= {"model.language_model.norm.weight": (h,)}
-    for n in range(sizes["num_hidden_layers"]):
-        layer = f"model.language_model.layers.{n}"
-        shapes |= {f"{layer}.{name}_layernorm.weight": (h,) for name in ("input", "post_attention")}
-        shapes |= {f"{layer}.self_attn.{name}_norm.weight": (d,) for name in "qk"}
-        for name, shape in {"q": (heads, h), "k": (kv, h), "v": (kv, h), "o": (h, heads)}.items():
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = shape
-        shapes[f"{layer}.mlp.gate.weight"] = e, h
-        if per_expert:
-            for expert in range(e):
-                experts = f"{layer}.mlp.experts.{expert}"
-                shapes |= {f"{experts}.{name}_proj.weight": (i, h) for name in ("gate", "up")}
-                shapes[f"{experts}.down_proj.weight"] = h, i
-        else:
-            shapes[f"{layer}.mlp.experts.gate_up_proj"] = e, h, 2 * i
-            shapes[f"{layer}.mlp.experts.down_proj"] = e, i, h
-    return shapes
-
-
-def write_config(folder: Path, sizes: dict, **others) -> None:
-    config = json.loads((TINY / "config.json").read_text()) | others
-    config["text_config"] |= sizes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def bf16(shapes: dict) -> dict:
-    """A checkpoint as it is released; entries have a dtype, its size, and a shape."""
-    return {name: ("BF16", 2, shape) for name, shape in shapes.items()}
-
-
-def swapped(shapes: dict) -> dict:
-    """With the axes of the experts swapped, as transformers 5 saves them."""
-    return bf16({name: (s[0], s[2], s[1]) if ".experts." in name else s for name, s in shapes.items()})
-
-
-def fp8(shapes: dict) -> dict:
-    """Every linear layer in blocks of e4m3."""
-    entries = bf16(shapes)
-    for name, shape in shapes.items():
-        if "_proj" in name and ".layers." in name:
-            blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
-            entries |= {name: ("F8_E4M3", 1, shape), f"{name}_scale_inv": ("F32", 4, blocks)}
-    return entries
-
-
-def awq(shapes: dict) -> dict:
-    """Every linear layer as AutoAWQ packs it."""
-    entries = bf16(shapes)
-    for name, shape in shapes.items():
-        if "_proj" in name and ".layers." in name:
-            (out, inputs), layer = shape, name.removesuffix("weight")
-            del entries[name]
-            entries[f"{layer}qweight"] = "I32", 4, (inputs, out // 8)
-            entries[f"{layer}qzeros"] = "I32", 4, (inputs // 128, out // 8)
-            entries[f"{layer}scales"] = "F16", 2, (inputs // 128, out)
-    return entries
-
-
-def write(folder: Path, entries: dict, data: bool = False) -> int:
-    """Write a file of a header, with random data or with none; return the size of the data."""
-    header, offset = {}, 0
-    for name, (dtype, size, shape) in entries.items():
-        end = offset + size * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
-        offset = end
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(random.randbytes(offset) if data else b"")
-    return offset
 
 
 def test_the_235b_shape_is_planned_from_headers_alone(tmp_path):
@@ -143,7 +57,8 @@ def test_the_235b_shape_is_planned_from_headers_alone(tmp_path):
     # On the CPU, the experts will be cast to float32.
     cpu = inspect(str(tmp_path), on="cpu")
     assert cpu["weights_bytes"] == report["weights_bytes"]
-    assert f"{94 * 128 * 3 * 4096 * 1536 * 2 / 1e9:.3f} GB more" in cpu["notes"][1]
+    assert cpu["first_call_bytes"] == 94 * 128 * 3 * 4096 * 1536 * 2
+    assert cpu["needs_bytes"] == cpu["weights_bytes"] + cpu["cache_bytes"] + cpu["first_call_bytes"]
     # 4.5 bits a weight, and 8.5 for the routers.
     assert inspect(str(tmp_path), bits=4)["weights_bytes"] == pytest.approx(235.09e9 * 4.5 / 8, rel=0.002)
 
@@ -158,7 +73,7 @@ def test_a_235b_checkpoint_in_fp8_with_an_expert_a_tensor_takes_seconds(tmp_path
     assert report["layout"] == "one tensor an expert"
     assert report["quantization"] == "fp8"
     assert any("dequantized" in note for note in report["notes"])
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 300
 
 
 MIDDLE = {  # large enough that what MLX's allocator rounds up does not show
@@ -192,18 +107,16 @@ print(weights, used - weights, mx.get_active_memory() - used)
 """
 
 
-FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}}
-
-
 @pytest.mark.parametrize(
     ("form", "per_expert", "others", "layout", "quantization"),
     [
         pytest.param(bf16, False, {}, "fused experts, [experts, in, out]", "none", id="official"),
-        pytest.param(swapped, False, {}, "fused experts, [experts, out, in]", "none", id="transformers-5"),
-        pytest.param(bf16, True, {}, "one tensor an expert", "none", id="per-expert"),
-        pytest.param(fp8, False, FP8, "fused experts, [experts, in, out]", "fp8", id="fp8"),
-        pytest.param(fp8, True, FP8, "one tensor an expert", "fp8", id="fp8-per-expert"),
+        pytest.param(
+            swapped, False, {}, "fused experts, [experts, out, in]", "none", id="transformers-5", marks=THOROUGH
+        ),
+        pytest.param(bf16, True, {}, "one tensor an expert", "none", id="per-expert", marks=THOROUGH),
+        pytest.param(fp8, False, FP8, "fused experts, [experts, in, out]", "fp8", id="fp8", marks=THOROUGH),
+        pytest.param(fp8, True, FP8, "one tensor an expert", "fp8", id="fp8-per-expert", marks=THOROUGH),
         pytest.param(awq, True, AWQ, "one tensor an expert", "awq gemm", id="awq"),
     ],
 )
@@ -215,13 +128,12 @@ def test_the_plan_is_what_a_real_load_takes(tmp_path, form, per_expert, others, 
     weights, cast, cache = map(int, run(sys.executable, "-c", MEASURE, tmp_path, 256).stdout.split())
     assert report["weights_bytes"] == pytest.approx(weights, rel=0.02)
     assert report["cache_bytes"] == pytest.approx(cache, rel=0.02)
-    told = [re.search(r"float32 when first used: ([\d.]+) GB", note) for note in report["notes"]]
-    assert sum(float(match[1]) for match in told if match) == pytest.approx(cast / 1e9, rel=0.02, abs=2e-3)
+    assert report["first_call_bytes"] == pytest.approx(cast, rel=0.02, abs=2e6)
     assert report["layout"].startswith(layout)
     assert report["quantization"] == quantization
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [4, *thorough(3, 8)])
 def test_the_plan_for_bits_is_what_convert_makes(tmp_path, bits):
     source = tmp_path / "source"
     source.mkdir()
@@ -250,7 +162,7 @@ def test_every_tensor_of_every_fixture_is_accounted_for(folder):
     assert report["tensors"]["kept"] + report["tensors"]["dropped"] == names
     assert report["layout"] != "no experts"
     assert (report["quantization"] != "none") == (folder.parent == QUANTIZED or folder.name.endswith("4bit"))
-    assert "GB" in render(report)
+    assert re.match(r"needs [\d.]+ MB; this machine has \d+\.\d\n\n", render(report))
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="needs mlx-lm 0.32.0")
@@ -285,18 +197,15 @@ def test_a_checkpoint_that_does_not_load_is_described_with_the_error_of_a_load(t
             {"model.safetensors": b"\x02" + bytes(7) + b"{}", "config.json": b"[1]"},
             "expected 'qwen3_vl_moe', found [1]",
         ),
-        ({"model.safetensors": b"\x02" + bytes(7) + b"{}", "config.json": b'{"model_type": "llama"}'}, "found 'llama'"),
+        ({"model.safetensors": b"\x02" + bytes(7) + b"{}", "config.json": b'{"model_type": "lama"}'}, "found 'lama'"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(tmp_path, files, error):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=re.escape(error)):
+    with pytest.raises(CheckpointError, match=re.escape(error)) as caught:
         inspect(str(tmp_path))
-    done = inspect_command(tmp_path, check=False)
-    assert done.returncode == 1
-    assert error in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert "\n" not in str(caught.value)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -309,6 +218,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self, body: bool = True):
         path = self.path.split("?")[0]
+        if "some/model" not in path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         files = [{"type": "file", "path": f.name, "rfilename": f.name, "size": 1, "oid": "0"} for f in TINY.iterdir()]
         if path.startswith("/api/models/"):
             answer = files if "/tree/" in path else {"id": "some/model", "sha": "0" * 40, "siblings": files}
@@ -322,13 +236,13 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(file.read_bytes(), body, file.suffix == ".safetensors")
 
     def answer(self, content: bytes, body: bool, count: bool = False) -> None:
-        status, size = 200, len(content)
+        status, size, whole = 200, len(content), content
         if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             status, content = 206, content[int(match[1]) : int(match[2]) + 1]
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Content-Range", f"bytes 0-{len(content) - 1}/{size}")
-        self.send_header("ETag", '"1"')
+        self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
         self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
         if body:
@@ -339,22 +253,138 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_repository_is_planned_without_its_tensors_being_fetched(tmp_path):
-    """Against a server that speaks the hub's protocol; `huggingface_hub` asks for 100 kB of each file."""
+@pytest.fixture
+def hub():
+    """The variables of a hub that is reached, as long as a test runs."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        report = json.loads(inspect_command("some/model", "--json", env=hub).stdout)
-    finally:
-        server.shutdown()
-    local = inspect(str(TINY))
-    assert report | {"checkpoint": str(TINY)} == local
+    yield {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_is_planned_without_its_tensors_being_fetched(tmp_path, hub):
+    """Against a server that speaks the hub's protocol; `huggingface_hub` asks for 100 kB of each file."""
+    Hub.served = 0
+    report = json.loads(inspect_command("some/model", "--json", env=hub | {"HF_HOME": str(tmp_path)}).stdout)
+    assert report | {"checkpoint": str(TINY)} == inspect(str(TINY))
     assert 0 < Hub.served <= 110_000
+
+
+@pytest.mark.parametrize("offline", [{"HF_HUB_OFFLINE": "1"}, *thorough({"HF_ENDPOINT": "http://127.0.0.1:9"})])
+def test_a_repository_in_the_hubs_cache_is_planned_without_the_hub(tmp_path, hub, offline):
+    """Downloaded as mlx-lm does it, with the hub's offline switch set, or without a network."""
+    download = (
+        "from huggingface_hub import snapshot_download\n"
+        "snapshot_download('some/model', allow_patterns=['*.json', 'model*.safetensors', '*.jinja'])"
+    )
+    hub |= {"HF_HOME": str(tmp_path)}
+    run(sys.executable, "-c", download, env=hub)
+    done = inspect_command("some/model", "--json", env=hub | offline)
+    assert json.loads(done.stdout) | {"checkpoint": str(TINY)} == inspect(str(TINY))
+    # Of one that is there in part, nothing is guessed.
+    next(tmp_path.glob("hub/*/snapshots/*/model.safetensors")).unlink()
+    done = inspect_command("some/model", check=False, env=hub | offline)
+    assert done.stderr.startswith("some/model: no such folder; the hub's cache on this machine does not have all of it")
+
+
+def test_a_repository_that_the_hub_does_not_have_is_one_line(tmp_path, hub):
+    done = inspect_command("no/model", check=False, env=hub | {"HF_HOME": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "no/model: no such folder; the hub has no such repository, or shows it after a login only (hf auth login)."
+    )
 
 
 def test_a_repository_that_cannot_be_reached_is_one_line(tmp_path):
     done = inspect_command("some/model", check=False, env={"HF_HOME": str(tmp_path)})
     assert done.returncode == 1
-    assert "some/model: expected a folder or a reachable repository" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("some/model: no such folder; the hub's cache on this machine does not have all of it, and ")
+
+
+@pytest.mark.parametrize(
+    "path", ["./nothing", "/no/thing", "~/nothing", "~nobody-of-this-name/nothing", "a/b/c", "nothing/", "."]
+)
+def test_a_path_that_is_no_folder_never_gets_to_the_hub(path, tmp_path, monkeypatch):
+    """Nor does a folder without a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlx_lm_qwen3vlmoe.headers, "_hub_headers", None)
+    expected = "no such folder. A repository on the hub has a name like owner/model."
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: {expected if path != '.' else EMPTY}")):
+        inspect(path)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    done = inspect_command("model.gguf", check=False, cwd=tmp_path)
+    assert done.stderr == "model.gguf: expected a folder, found a file. Name the folder that it is in.\n"
+
+
+# --- the lines that are read first ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("info", "weights", "line"),
+    [
+        ({"memory_size": 24 * 2**30}, 17.1e9, "needs 17.5 GB; this machine has 25.8"),
+        ({"total_memory": 16 * 10**9}, 17.1e9, "needs 17.5 GB; this machine has 16.0, which is not enough"),
+        (
+            {"memory_size": 24 * 2**30, "max_recommended_working_set_size": 16 * 2**30},
+            17.1e9,
+            "needs 17.5 GB; this machine has 25.8, of which the GPU gets 17.2: raise that as mlx-lm's README says",
+        ),
+        (
+            {"memory_size": 24 * 2**30, "max_recommended_working_set_size": 16 * 2**30},
+            5e7,
+            "needs 0.453 GB; this machine has 25.8",
+        ),
+    ],
+)
+def test_what_a_checkpoint_needs_and_what_there_is_are_one_line(monkeypatch, info, weights, line):
+    """On a Mac, on a GPU with memory of its own, and where macOS gives the GPU less than all."""
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    report = inspect(str(TINY), on="gpu") | {"weights_bytes": int(weights)}
+    report["needs_bytes"] = report["weights_bytes"] + 403_000_000
+    first, second = render(report).splitlines()[:2]
+    assert first == line + " (Large Models)" * line.endswith("says")
+    assert second == ""
+
+
+def test_on_a_cpu_the_machine_has_its_main_memory():
+    if mx.default_device() == mx.cpu:
+        sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+        assert 0 < inspect(str(TINY))["machine_bytes"] <= int(sizes["MemTotal"]) * 1024
+
+
+def test_sizes_are_in_mb_below_a_tenth_of_a_gb():
+    report = inspect(str(TINY), on="gpu")
+    assert "\nweights       2.67 MB\n" in render(report)
+    assert "\nweights       17.2 GB\n" in render(report | {"weights_bytes": 17_180_000_000})
+    assert "\nweights       0.1 GB\n" in render(report | {"weights_bytes": 100_000_000})
+    assert "\nweights       99.9 MB\n" in render(report | {"weights_bytes": 99_900_000})
+    assert "\nweights       1234 GB\n" in render(report | {"weights_bytes": 1_234_000_000_000})
+    assert "\nweights       1000 GB\n" in render(report | {"weights_bytes": 999_600_000_000})
+
+
+def test_ranks_are_told_only_when_asked_for():
+    report = inspect(str(TINY))
+    assert not {"ranks", "tensor", "pipeline"} & report.keys()
+    assert "rank" not in render(report)
+    if CAN_SHARD:
+        assert "\npipeline      1 of 1 to 4 ranks" in render(inspect(str(TINY), ranks=1))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", *thorough("llama", "mistral")])
+def test_a_model_of_the_hosts_own_is_told_in_one_line(tmp_path, model_type):
+    if model_type == "qwen3_vl" and not (Path(mlx_lm.models.qwen3_moe.__file__).parent / "qwen3_vl.py").exists():
+        pytest.skip("this mlx-lm has no such type")
+    write_config(tmp_path, BIG, model_type=model_type)
+    write(tmp_path, {})
+    done = inspect_command(tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{tmp_path}: {model_type} is mlx-lm's own type: load it as it is.\n"

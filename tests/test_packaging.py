@@ -16,6 +16,7 @@ import yaml
 from conftest import ROOT, build
 
 import mlx_lm_qwen3vlmoe
+from mlx_lm_qwen3vlmoe.claims import MODEL_TYPES
 
 STARTUP = "import mlx_lm_qwen3vlmoe.registry; mlx_lm_qwen3vlmoe.registry.install()\n"
 START = "mlx_lm_qwen3vlmoe.registry:install\n"
@@ -68,6 +69,8 @@ def test_the_document_quotes_the_start_up_file(document):
 
 def test_the_entry_points_are_one_command_and_one_model_type(content):
     assert content["DIST-INFO/entry_points.txt"].decode() == ENTRY_POINTS
+    claims = "".join(f"{model_type} = {module}\n" for model_type, module in sorted(MODEL_TYPES.items()))
+    assert ENTRY_POINTS.endswith(f"[mlx_lm.models]\n{claims}")
 
 
 def test_the_metadata_says_what_is_needed(content):

@@ -105,10 +105,12 @@ def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
 # --- beside this package --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_both_model_types_resolve(both):
     assert served_by(both, "qwen3_vl_moe", "example_llama", "llama") == [OURS, EXAMPLES, "mlx_lm.models.llama"]
 
 
+@pytest.mark.thorough
 def test_the_variable_chooses_between_them(both):
     only = {"MLX_LM_PLUGINS": "mlx-lm-example-plugin"}
     assert served_by(both, "qwen3_vl_moe", "example_llama", env=only) == [HOSTS, EXAMPLES]
@@ -132,6 +134,7 @@ def test_the_generate_command_runs_a_checkpoint_of_the_examples_type(both, check
     assert re.search(r"Generation: [123] tokens", done.stdout)
 
 
+@pytest.mark.thorough
 def test_when_this_package_is_uninstalled_the_example_is_unsupported_in_the_hosts_own_words(
     wheel, example, clean, checkpoints
 ):
@@ -158,6 +161,7 @@ def test_with_a_copy_of_the_finder_the_example_works_alone(alone):
     assert served_by(alone, "qwen3_vl_moe", "example_llama") == [HOSTS, EXAMPLES]
 
 
+@pytest.mark.thorough
 def test_the_documented_start_file_of_python_3_15_is_enough(alone):
     """As there, where the import line of the .pth file is ignored."""
     start = (alone.site / "mlx_lm_example_plugin_startup.start").read_text().strip()
@@ -169,6 +173,7 @@ def test_the_documented_start_file_of_python_3_15_is_enough(alone):
     assert done.stdout.strip() == EXAMPLES
 
 
+@pytest.mark.thorough
 def test_of_two_copies_one_finder_serves_both_types_and_the_other_takes_over(clean, wheel, example_with_finder):
     clean.pip("install", "--no-deps", wheel, example_with_finder)
     assert finders(clean) == "mlx_lm_example_plugin.registry"
@@ -186,6 +191,7 @@ def test_the_docs_show_the_files_of_the_example(file):
     assert documented(after=f"`{file}`") == (EXAMPLE / file).read_text()
 
 
+@pytest.mark.thorough
 def test_a_host_can_read_the_group_with_the_snippet_of_the_docs(both):
     code = documented(after="Read the group in a host") + (
         "for model_type in ('qwen3_vl_moe', 'example_llama', 'llama'):\n"
@@ -205,6 +211,7 @@ def test_the_snippet_of_the_docs_reports_a_conflict(both, tmp_path):
     assert error == "RuntimeError: example_llama is claimed by rival and mlx-lm-example-plugin"
 
 
+@pytest.mark.thorough
 def test_the_commands_of_the_docs_say_what_they_should(both):
     commands = documented(after="## Test it").splitlines()
     assert commands.pop(0) == "pip install -e ."

@@ -359,10 +359,10 @@ def test_what_is_saved_gives_the_same_logits_in_the_unchanged_host(name, tmp_pat
     ("name", "options"),
     [
         ("awq-g32-bf16", []),
-        ("awq-g32-bf16", ["--dequantize"]),
+        pytest.param("awq-g32-bf16", ["--dequantize"], marks=pytest.mark.thorough),
         ("ct-mixed", []),
-        ("gptq-w4-asym", []),
-        ("fp8-fused-official", []),
+        pytest.param("gptq-w4-asym", [], marks=pytest.mark.thorough),
+        pytest.param("fp8-fused-official", [], marks=pytest.mark.thorough),
     ],
 )
 def test_mlx_lm_convert_writes_what_the_unchanged_host_loads(name, options, tmp_path, error_in_the_unchanged_host):

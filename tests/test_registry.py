@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
-from conftest import OURS, ROOT, Environment, run
+from conftest import OURS, ROOT, Environment, run, thorough
 
 WHO = """
 import importlib, logging
@@ -18,7 +19,7 @@ class Model: pass
 """
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable"])
+@pytest.fixture(scope="module", params=["wheel", *thorough("editable")])
 def installed(request, tmp_path_factory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp(request.param) / "venv")
     if request.param == "wheel":
@@ -32,7 +33,7 @@ def installed(request, tmp_path_factory) -> Environment:
 def fresh(wheel, tmp_path) -> Environment:
     """An environment to add other distributions to."""
     environment = Environment(tmp_path / "venv")
-    environment.pip("install", "--no-deps", wheel)
+    shutil.unpack_archive(wheel, environment.site, "zip")
     return environment
 
 
@@ -82,6 +83,7 @@ def test_one_module_object_under_both_names_run_once(installed):
     assert done.stdout.strip() == "mlx_lm_qwen3vlmoe.model"
 
 
+@pytest.mark.thorough
 def test_the_winner_is_logged(installed):
     done = installed.run("import logging; logging.basicConfig(level='INFO')\n" + WHO)
     assert "'qwen3_vl_moe' is served by qwen3_vl_moe = mlx_lm_qwen3vlmoe.model (mlx-lm-qwen3vlmoe " in done.stderr
@@ -173,6 +175,7 @@ def test_without_site_the_plugin_can_be_installed_by_hand(installed):
     assert run(installed.python, "-S", "-c", by_hand, **options).stdout.strip() == OURS
 
 
+@pytest.mark.thorough
 def test_a_spawned_child_process_has_it_too(installed, tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(
@@ -195,6 +198,58 @@ def test_get_model_classes_works_without_the_finder(installed):
     assert done.stdout.split() == [OURS, "mlx_lm.models.llama"]
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Environment:
+    """Nothing of this package installed; it is found on PYTHONPATH."""
+    return Environment(tmp_path_factory.mktemp("checkout") / "venv")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, OURS),
+        pytest.param("mlx-lm-qwen3vlmoe", OURS, marks=pytest.mark.thorough),
+        ("0", "mlx_lm.models.qwen3_vl_moe"),
+        pytest.param("other", "mlx_lm.models.qwen3_vl_moe", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_checkout_that_is_not_installed_serves_its_own_type_when_asked_by_name(checkout, setting, expected):
+    env = {"PYTHONPATH": str(ROOT)} | ({} if setting is None else {"MLX_LM_PLUGINS": setting})
+    asked = (
+        "import mlx_lm_qwen3vlmoe as package\n"
+        "print(package.get_model_classes({'model_type': 'qwen3_vl_moe'})[0].__module__)\n"
+        "assert package.install() and package.install()\n"
+    )
+    done = checkout.run(asked + WHO, env=env)
+    assert done.stdout.split() == [expected, expected]
+    assert "'mlx-lm-qwen3vlmoe', which is not installed" not in done.stderr
+
+
+def test_where_it_is_not_installed_the_finder_of_another_copy_makes_way(tmp_path):
+    """That one knows installed distributions only, which are served as before."""
+    environment = Environment(tmp_path / "venv")
+    environment.add_distribution("other", "[mlx_lm.models]\nother_type = other_module\n", {"other_module": MODEL})
+    (environment.site / "copy_of_registry.py").write_text((ROOT / "mlx_lm_qwen3vlmoe" / "registry.py").read_text())
+    (environment.site / "copy.pth").write_text("import copy_of_registry; copy_of_registry.install()\n")
+    code = (
+        "import sys, mlx_lm_qwen3vlmoe\n"
+        "def finders(): return [type(f).__module__ for f in sys.meta_path if hasattr(f, 'mlx_lm_models_finder')]\n"
+        "before = finders(); mlx_lm_qwen3vlmoe.install(); print(*before, *finders())\n"
+    )
+    done = environment.run(code + WHO + WHO.replace("qwen3_vl_moe", "other_type"), env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == ["copy_of_registry", "mlx_lm_qwen3vlmoe.registry", OURS, "other_module"]
+
+
+def test_a_rival_that_is_installed_and_a_checkout_that_is_not_are_a_conflict(tmp_path):
+    environment = Environment(tmp_path / "venv")
+    environment.add_distribution("rival", "[mlx_lm.models]\nqwen3_vl_moe = rival_module\n", {"rival_module": MODEL})
+    code = "import mlx_lm_qwen3vlmoe; mlx_lm_qwen3vlmoe.install()\n" + WHO
+    error = environment.run(code, env={"PYTHONPATH": str(ROOT)}, check=False).stderr
+    assert "PluginError: 2 plug-ins claim the model type 'qwen3_vl_moe': " in error
+    assert "(rival 1.0)" in error
+    assert "(mlx-lm-qwen3vlmoe " in error
+
+
 def test_a_host_that_reads_the_group_with_the_standard_library_gets_the_model(installed):
     done = installed.run(
         "from importlib.metadata import entry_points\n"
@@ -213,6 +268,7 @@ def test_any_distribution_can_bring_a_model_type(fresh):
     assert done.stdout.strip() == "my_module"
 
 
+@pytest.mark.thorough
 def test_a_plugin_installed_while_the_interpreter_runs_is_found_after_invalidating_caches(fresh):
     fresh.add_distribution("later", "[mlx_lm.models]\nlate_type = late_module\n", {"late_module": MODEL})
     info = fresh.site / "later-1.0.dist-info"
@@ -265,7 +321,7 @@ def test_a_module_without_the_two_classes_is_named(fresh):
     assert "empty_module has no ModelArgs" in error
 
 
-@pytest.mark.parametrize("content", ["[mlx_lm.models\nx =", "no section = 1\n", "[a]\nb\n[a]\nb\n", "\x00"])
+@pytest.mark.parametrize("content", ["[a]\nb\n[a]\nb\n", *thorough("[mlx_lm.models\nx =", "no section = 1\n", "\x00")])
 def test_malformed_metadata_of_a_foreign_distribution_costs_that_one_only(fresh, content):
     fresh.add_distribution("malformed", content, {})
     (fresh.site / "nameless-1.0.dist-info").mkdir()
@@ -273,6 +329,7 @@ def test_malformed_metadata_of_a_foreign_distribution_costs_that_one_only(fresh,
     assert served_by(fresh, model_type="llama") == "mlx_lm.models.llama"
 
 
+@pytest.mark.thorough
 def test_the_same_distribution_twice_on_the_path_is_no_conflict(fresh, wheel, tmp_path):
     run(sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--target", tmp_path / "second", wheel)
     assert served_by(fresh, env={"PYTHONPATH": str(tmp_path / "second")}) == OURS

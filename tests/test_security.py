@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Environment, run
+from conftest import ROOT, TINY, Environment, run, thorough
 
 SECURITY = (ROOT / "SECURITY.md").read_text()
 PACKAGE = sorted((ROOT / "mlx_lm_qwen3vlmoe").glob("*.py"))
@@ -174,7 +174,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(installed, checkpoint
     assert not checkpoint.ran()
 
 
-@pytest.mark.parametrize("name", ["adapters.bin", "adapters.pkl", "adapters.npz", "adapters.safetensors"])
+@pytest.mark.parametrize("name", ["adapters.safetensors", *thorough("adapters.bin", "adapters.pkl", "adapters.npz")])
 def test_an_adapter_that_is_a_pickle_is_refused(installed, checkpoint, name):
     settings = {
         "fine_tune_type": "lora",
@@ -281,6 +281,7 @@ def documented(after: str) -> str:
     return re.search(r"(?s)```\w+\n(.*?)```", SECURITY.split(after, 1)[1])[1]
 
 
+@pytest.mark.thorough
 def test_the_check_of_the_hashes_passes_and_finds_a_changed_file(fresh):
     command = documented(after="hashes in `RECORD`")
     path = {"PATH": f"{fresh.bin}:/usr/bin:/bin"}

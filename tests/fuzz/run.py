@@ -23,7 +23,7 @@ from typing import Any
 from checkpoints import family, fixtures
 
 WORKERS = 2
-HANG = 30  # seconds
+HANG = 300  # seconds
 MEMORY = 2 * 2**30  # bytes of a worker, which has 0.5 GB by itself
 ADDRESSES = 8 * 2**30  # bytes that a worker can ask for, where the system has such a limit
 EXAMPLES = 3

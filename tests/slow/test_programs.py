@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import CLEAN, TINY, run
+from conftest import CLEAN, LIMIT, TINY, run
 from test_commands import UNCHANGED, mlx_lm
 from test_install import MLX_LM, make_tool
 from test_subcommands import write_chats
@@ -165,17 +165,17 @@ def test_the_server_of_mlx_knife_answers_word_for_word(mlxk, setting, cache, tmp
                 assert answer(f"http://127.0.0.1:{port}/v1/chat/completions", body, server) == pair["answer"]
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(LIMIT)
             print((tmp_path / "log").read_text())
 
 
 def answer(url: str, body: dict, server: subprocess.Popen) -> str:
     """Of a server that may still be starting."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for _ in range(120):
+    for _ in range(LIMIT):
         assert server.poll() is None
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
+            with urllib.request.urlopen(request, timeout=LIMIT) as reply:
                 return json.load(reply)["choices"][0]["message"]["content"].strip()
         except urllib.error.URLError as e:
             if isinstance(e, urllib.error.HTTPError):

@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import ROOT, TINY, Environment, run
+from conftest import LIMIT, ROOT, TINY, Environment, run
 from test_commands import BIN, UNCHANGED, answer, assert_same_in_unchanged_host, logits, mlx_lm, serving
 
 DOCS = ROOT / "docs" / "commands.md"
@@ -488,7 +488,7 @@ def test_ten_streaming_clients_at_a_time_get_their_own_answers(tiny_questions, t
 
     def ask(url: str, model: Path, client: int) -> list[tuple[str, str | None]]:
         nonlocal open_now, most
-        api = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+        api = openai.OpenAI(base_url=url, api_key="none", timeout=LIMIT, max_retries=0)
         replies = []
         start.wait()
         for turn in range(len(tiny_questions)):
@@ -520,7 +520,7 @@ def test_ten_streaming_clients_at_a_time_get_their_own_answers(tiny_questions, t
 def test_a_client_that_hangs_up_costs_the_others_nothing(tiny_questions, tmp_path):
     first, second = tiny_questions[:2]
     with serving(TINY, tmp_path / "log") as url:
-        api = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+        api = openai.OpenAI(base_url=url, api_key="none", timeout=LIMIT, max_retries=0)
 
         def ask(pair: dict[str, str]) -> openai.Stream:
             chat = [{"role": "user", "content": pair["question"]}]
@@ -537,7 +537,7 @@ def test_requests_name_adapters_and_a_draft_model(trained, drafts, tiny_question
     """One server, one base model: each request gets what it names, and the next one without gets the base again."""
     pair = tiny_questions[1]
     with serving(TINY, tmp_path / "log") as url:
-        api = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+        api = openai.OpenAI(base_url=url, api_key="none", timeout=LIMIT, max_retries=0)
 
         def ask(question: str, **extra: object) -> str:
             chat = [{"role": "user", "content": question}]

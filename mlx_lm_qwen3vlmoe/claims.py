@@ -1,0 +1,31 @@
+"""The model types of this package, for a caller that asks for them by name, whether or not the package is installed.
+
+An ``mlx_lm`` command finds them through the entry points in the metadata of the installed distribution. A checkout on
+``PYTHONPATH``, a zip of sources and a frozen application have no metadata.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import __version__, registry
+
+NAME = "mlx-lm-qwen3vlmoe"
+MODEL_TYPES = {"qwen3_vl_moe": f"{__package__}.model"}  # as in pyproject.toml
+OWN = tuple(registry.Plugin(model_type, NAME, __version__, module) for model_type, module in MODEL_TYPES.items())
+
+
+def install() -> bool:
+    """Serve this package's types, and those of installed plug-ins, to all that this process imports from mlx-lm.
+
+    Never raises; True if a finder is in force. ``MLX_LM_PLUGINS`` is heeded.
+    """
+    return registry.install(*OWN)
+
+
+def get_model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """``(Model, ModelArgs)`` for a config, for ``mlx_lm.utils.load_model(get_model_classes=...)``, without a finder.
+
+    Raises `PluginError` when a plug-in claims the type and cannot serve it, `ValueError` for an unknown type.
+    """
+    return registry.get_model_classes(config, OWN)
