@@ -1,4 +1,4 @@
-"""The command line: ``mlx-lm-qwen3vlmoe run | inspect | doctor``."""
+"""The command line: ``mlx-lm-qwen3vlmoe run | inspect | adapters | doctor``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     inspect.add_argument("--device", choices=("cpu", "gpu"), help="plan for this device (default: MLX's choice here)")
     inspect.add_argument("--json", action="store_true", help="print one JSON object, with sizes in bytes")
 
+    adapters = commands.add_parser("adapters", help="convert LoRA and DoRA of PEFT to those of mlx_lm, or the reverse")
+    adapters.add_argument("adapter", help="a folder, or a repository on the hub")
+    adapters.add_argument("--save-path", required=True, help="a new folder for the result")
+    adapters.add_argument("--model", help="the base model, if the adapter does not name it; its config alone is read")
+
     parsed = parser.parse_args(arguments)
     if parsed.command == "run":
         from .registry import install
@@ -47,10 +52,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report))
         sys.exit(report["remedy"] is not None)
     else:
-        from . import inspection
         from .errors import CheckpointError
 
         try:
+            if parsed.command == "adapters":
+                from .adapters import convert
+
+                print(convert(parsed.adapter, parsed.save_path, parsed.model))
+                return
+            from . import inspection
+
             report = inspection.inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
         except (CheckpointError, OSError) as e:
             parser.exit(1, f"{e}\n")

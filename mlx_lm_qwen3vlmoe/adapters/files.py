@@ -1,0 +1,80 @@
+"""The two files of an adapter: a JSON object and a safetensors file, read lazily and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{folder}: expected {CONFIG}, found {e}. Take it from where the adapter is from.") from e
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{CONFIG}: expected an object, found {type(config).__name__}. Take it from the original."
+        )
+    return config
+
+
+def read_tensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file; none is in memory before it is evaluated."""
+    try:
+        tensors: Any = mx.load(str(file))
+    except (RuntimeError, ValueError) as e:
+        raise CheckpointError(f"{file}: expected a safetensors file, found {e}. Download it again.") from e
+    for name, array in tensors.items():
+        if array.dtype not in _DTYPES or array.size == 0:
+            raise CheckpointError(
+                f"{name}: expected floats, found {array.dtype} of the shape {list(array.shape)}. Take the original "
+                "adapter."
+            )
+    return dict(tensors)
+
+
+def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
+    """Write both files of an adapter, and empty ``tensors`` meanwhile: one is in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for path, array in tensors.items():
+        start, end = end, end + array.nbytes
+        header[path] = {"dtype": _DTYPES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers are aligned
+    if (free := shutil.disk_usage(folder).free) < end:
+        raise CheckpointError(f"{folder.parent}: expected {end / 1e9:.3f} GB of free disk, found {free / 1e9:.3f}.")
+    with (folder / name).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for path in list(tensors):
+            plain: Any = mx.contiguous(tensors.pop(path).flatten()).view(mx.uint8)  # bfloat16 is no type of Python's
+            file.write(memoryview(plain))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its name when the block ends well, and is removed when it does not."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: expected a new or an empty folder, found files. Name another --save-path.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        inner = stage / target.name  # made by mkdir, with the permissions of any other folder
+        inner.mkdir()
+        yield inner
+        inner.replace(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
