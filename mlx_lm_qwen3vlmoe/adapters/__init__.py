@@ -1,6 +1,7 @@
 """LoRA and DoRA of PEFT → those of ``mlx_lm``, and the reverse, with the same merged weights.
 
-Data flows from files to a form of its own (`lora.Adapter`) and from there to files: `peft` and `mlx` know one format each.
+Data flows from files to a form of its own (`lora.Adapter`), and from there to files: `peft` and `mlx` know one format
+each.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
     Args:
         adapter: a folder, or a repository on the hub.
         save_path: a new folder. It is there only once it is complete.
-        model: the base model, a folder or a repository, where the adapter does not name the right one. Of it, the config
-            alone is read.
+        model: the base model, a folder or a repository, where the adapter does not name the right one. Its config alone
+            is read.
 
     Returns:
         What was written, in a sentence.

@@ -37,8 +37,8 @@ class Base:
                 return None
             found = self.name or "no name of it"
             raise CheckpointError(
-                f"{needed}: expected the base model's config to tell, found {found}. Name a folder or a repository with "
-                "--model."
+                f"{needed}: expected the base model's config to tell, found {found}. Name a folder or a repository "
+                "with --model."
             )
         from ..config import ModelArgs
         from ..model import Model

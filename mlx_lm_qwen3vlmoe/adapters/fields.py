@@ -11,7 +11,7 @@ from ..fields import LARGEST
 
 
 class Fields:
-    """An object of ``adapter_config.json``; every method raises `CheckpointError`, and ``null`` is as good as missing."""
+    """An object of ``adapter_config.json``: every method raises `CheckpointError`. What is null is missing."""
 
     def __init__(self, values: dict[str, Any], where: str = ""):
         self.values = values

@@ -42,7 +42,7 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
                 f"{name}: expected floats, found {array.dtype} of the shape {list(array.shape)}. Take the original "
                 "adapter."
             )
-    return dict(tensors)
+    return dict(sorted(tensors.items()))
 
 
 def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """PEFT's two matrices for all experts of a layer ↔ the changes of gate, up and down.
 
-E = experts, r = rank, H = hidden_size, I = moe_intermediate_size. PEFT's ``ParamWrapper`` adapts a parameter of three axes,
-``gate_up_proj`` or ``down_proj``, by ``lora_A [r·E, x]`` and ``lora_B [y, r·E]``: of A's rows the experts are blocks
-(``[E, r, x]``), of B's columns they are the fastest (``[y, r, E]``). Which of the parameter's axes x is, changed:
+E = experts, r = rank, H = hidden_size, I = moe_intermediate_size. PEFT's ``ParamWrapper`` adapts a parameter of three
+axes, ``gate_up_proj`` or ``down_proj``, by ``lora_A [r·E, x]`` and ``lora_B [y, r·E]``: of A's rows the experts are blocks
+(``[E, r, x]``), of B's columns they are the fastest (``[y, r, E]``). Which of the parameter's axes x is, has changed:
 
 | transformers | PEFT to 0.19.0 | PEFT ≥ 0.19.1 |
 |--------------|----------------|---------------|
@@ -53,8 +53,8 @@ def over_inputs(layers: dict[str, dict[str, Pair]], hidden: int | None, ask: Cal
         found = _shared(layers, ask(f"{next(iter(layers))}.experts"))
     if len(found) == 2:
         raise CheckpointError(
-            f"{_shown(*next(iter(layers.items())))}: expected sizes that tell whether A belongs to the inputs or to the "
-            "outputs, found a square parameter. An adapter of both gate_up_proj and down_proj tells."
+            f"{_shown(*next(iter(layers.items())))}: expected sizes that tell whether A belongs to the inputs or to "
+            "the outputs, found a square parameter. An adapter of both gate_up_proj and down_proj tells."
         )
     return found.pop()
 
@@ -66,8 +66,8 @@ def _shared(layers: dict[str, dict[str, Pair]], hidden: int | None) -> set[bool]
         if not (found := {over_in for over_in in (True, False) if _fits(pairs, over_in, hidden)}):
             raise CheckpointError(
                 f"{_shown(mlp, pairs)}: expected the sizes [H, 2I] of gate_up_proj and [I, H] of down_proj, in this "
-                f"order or both the other way around, with {f'H = {hidden}' if hidden else 'one H'}, found others. Take "
-                "the original adapter."
+                f"order or both the other way around, with {f'H = {hidden}' if hidden else 'one H'}, found others. "
+                "Take the original adapter."
             )
         if not (shared := shared & found):
             raise CheckpointError(
@@ -163,5 +163,5 @@ def join(gate: Lora | None, up: Lora | None, shared: bool) -> Lora:
 
 
 def flat(lora: Lora) -> tuple[mx.array, mx.array]:
-    """``lora_A [r·E, in]`` and ``lora_B [out, r·E]`` of a stacked change, as today's PEFT and transformers read them."""
+    """``lora_A [r·E, in]`` and ``lora_B [out, r·E]`` of a stacked change, as PEFT ≥ 0.19.1 has them."""
     return lora.a.flatten(0, 1), lora.b.transpose(1, 2, 0).flatten(1, 2)

@@ -1,8 +1,8 @@
 """An adapter apart from any format: a low-rank change of the weights of some modules of the host's.
 
 ``weight + scale * b @ a``, with ``a [rank, in]`` and ``b [out, rank]``, or ``[experts, rank, in]`` and ``[experts, out,
-rank]`` for the experts of a layer. For embeddings, in is the vocabulary and out the hidden size. With DoRA, a row of the
-sum is then brought to the length that ``magnitude [out]`` gives.
+rank]`` for the experts of a layer. For embeddings, in is the vocabulary and out the hidden size. With DoRA, a row of
+the sum is then brought to the length that ``magnitude [out]`` gives.
 """
 
 from __future__ import annotations
@@ -22,6 +22,22 @@ _MODULE = re.compile(
     rf"{LAYER}\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|(?:switch_mlp\.)?(?:gate|up|down)_proj))"
     rf"|{re.escape(HEAD)}|{re.escape(EMBEDDINGS)}"
 )
+_H, _HEADS, _KV = "hidden_size", "num_attention_heads · head_dim", "num_key_value_heads · head_dim"
+_SIZES = {  # end of a path → its inputs and its outputs
+    ".q_proj": (_H, _HEADS),
+    ".k_proj": (_H, _KV),
+    ".v_proj": (_H, _KV),
+    ".o_proj": (_HEADS, _H),
+    ".mlp.gate": (_H, "num_experts"),
+    ".mlp.gate_proj": (_H, "intermediate_size"),
+    ".mlp.up_proj": (_H, "intermediate_size"),
+    ".mlp.down_proj": ("intermediate_size", _H),
+    ".switch_mlp.gate_proj": (_H, "moe_intermediate_size"),
+    ".switch_mlp.up_proj": (_H, "moe_intermediate_size"),
+    ".switch_mlp.down_proj": ("moe_intermediate_size", _H),
+    HEAD: (_H, "vocab_size"),
+    EMBEDDINGS: ("vocab_size", _H),
+}
 
 
 class Lora(NamedTuple):
@@ -42,6 +58,15 @@ class Lora(NamedTuple):
         missing = rank - self.rank
         a, b = mx.pad(self.a, [*none, (0, missing), (0, 0)]), mx.pad(self.b, [*none, (0, 0), (0, missing)])
         return self._replace(a=a, b=b) if missing else self
+
+    def cut(self, rank: int) -> Lora:
+        """The same change, without what `with_rank` put there."""
+        return self._replace(a=self.a[..., :rank, :], b=self.b[..., :rank])
+
+    def used_rank(self) -> int:
+        """The rank without zeros at the end. Evaluates both matrices."""
+        used = ((self.a != 0).any(axis=-1) | (self.b != 0).any(axis=-2)).reshape(-1, self.rank).any(axis=0)
+        return max(int((used * mx.arange(1, self.rank + 1)).max().item()), 1)
 
     def with_scale(self, scale: float) -> Lora:
         """The same change in float32, with the scale that it had in B."""
@@ -101,16 +126,46 @@ def layer_order(path: str) -> tuple[int, str]:
     return (int(match[1]) if match else -1, path)
 
 
-def sizes(path: str, lora: Lora) -> dict[str, int]:
-    """The sizes of the model that a module's change tells: ``hidden_size``, ``num_experts``."""
-    inputs, outputs = lora.a.shape[-1], lora.b.shape[-2]
-    into = path.endswith(("down_proj", "o_proj", EMBEDDINGS))
-    found = {"hidden_size": outputs if into else inputs}
-    if path.endswith("mlp.gate"):
-        found["num_experts"] = outputs
-    elif is_expert(path):
-        found["num_experts"] = lora.a.shape[0]
-    return found
+def sizes(modules: dict[str, Lora]) -> dict[str, int]:
+    """The sizes of the model that changes of its modules tell, by the names that its config has for them.
+
+    Raises `CheckpointError` where two modules tell different ones.
+    """
+    known: dict[str, tuple[int, str]] = {}
+    for path, lora in modules.items():
+        inputs, outputs = next(names for end, names in _SIZES.items() if path.endswith(end))
+        found = [(inputs, lora.a.shape[-1]), (outputs, lora.b.shape[-2])]
+        if is_expert(path):
+            found.append(("num_experts", lora.a.shape[0]))
+        for name, size in found:
+            first, where = known.setdefault(name, (size, path))
+            if first != size:
+                raise CheckpointError(
+                    f"{path}: expected {first} for {name} as in {where}, found {size}. Take the original adapter."
+                )
+    return {name: size for name, (size, _) in known.items()}
+
+
+def check_shapes(path: str, lora: Lora) -> None:
+    """Raise `CheckpointError` for a change of what no host has, or whose matrices do not belong together."""
+    if not _MODULE.fullmatch(path):
+        raise CheckpointError(
+            f"{shortened(path)}: expected a linear layer of the language model, found another. Is the adapter of "
+            "another model type?"
+        )
+    stack, stacked, outputs = lora.a.shape[:-2], is_expert(path), lora.b.shape[-2]
+    if len(stack) != stacked or lora.b.shape != (*stack, outputs, lora.rank):
+        raise CheckpointError(
+            f"{path}: expected A [rank, in] and B [out, rank], found {list(lora.a.shape)} and {list(lora.b.shape)}. "
+            "Take the original adapter."
+        )
+    if lora.magnitude is not None and (stacked or path == EMBEDDINGS):
+        raise CheckpointError(f"{path}: expected LoRA, found DoRA, which mlx_lm and PEFT do not have alike for it.")
+    if lora.magnitude is not None and lora.magnitude.shape != (outputs,):
+        raise CheckpointError(
+            f"{path}: expected a magnitude of the shape [{outputs}], found {list(lora.magnitude.shape)}. Take the "
+            "original adapter."
+        )
 
 
 def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
@@ -122,37 +177,15 @@ def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
     """
     if not adapter.modules:
         raise CheckpointError("adapter: expected LoRA of the language model, found none. Is it for vision layers only?")
-    known: dict[str, tuple[int, str]] = {}
     for path, lora in adapter.modules.items():
-        if not _MODULE.fullmatch(path):
-            raise CheckpointError(
-                f"{shortened(path)}: expected a linear layer of the language model, found another. Is the adapter of "
-                "another model type?"
-            )
-        stack, stacked = lora.a.shape[:-2], is_expert(path)
-        inputs, outputs = lora.a.shape[-1], lora.b.shape[-2]
-        if len(stack) != stacked or lora.b.shape != (*stack, outputs, lora.rank):
-            raise CheckpointError(
-                f"{path}: expected A [rank, in] and B [out, rank], found {list(lora.a.shape)} and "
-                f"{list(lora.b.shape)}. Take the original adapter."
-            )
-        if lora.magnitude is not None and lora.magnitude.shape != (outputs,):
-            raise CheckpointError(
-                f"{path}: expected a magnitude of the shape [{outputs}], found {list(lora.magnitude.shape)}. Take the "
-                "original adapter."
-            )
-        if lora.magnitude is not None and (stacked or path == EMBEDDINGS):
-            raise CheckpointError(f"{path}: expected LoRA, found DoRA, which the two formats do not share here.")
-        for name, size in sizes(path, lora).items():
-            first, where = known.setdefault(name, (size, path))
-            if first != size:
-                raise CheckpointError(
-                    f"{path}: expected the {name} of {where}, {first}, found {size}. Take the original adapter."
-                )
-        found = (inputs, outputs) if path == EMBEDDINGS else (*stack, outputs, inputs)
+        check_shapes(path, lora)
+        found = (*lora.a.shape[:-2], lora.b.shape[-2], lora.a.shape[-1])
+        if path == EMBEDDINGS:
+            found = found[::-1]
         if shapes is not None and shapes.get(path) != found:
             expected = f"a weight {list(shapes[path])}" if path in shapes else "no adapter"
             raise CheckpointError(
-                f"{path}: expected {expected} as in the base model, found one for {list(found)}. Is that the model that "
-                "the adapter was trained on? If not, name it with --model."
+                f"{path}: expected {expected} as in the base model, found one for {list(found)}. Is that the model "
+                "that the adapter was trained on? If not, name it with --model."
             )
+    sizes(adapter.modules)

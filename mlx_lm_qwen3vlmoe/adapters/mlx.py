@@ -9,9 +9,9 @@ another scale goes into B.
 | ``lora_b``                    | ``[rank, out]``| ``[experts, out, rank]``                                      |
 | ``m``, with ``dora``          | ``[out]``      |                                                               |
 
-``keys`` are names within a layer, for the last ``num_layers`` layers, or the paths of modules in the whole model (read in
-``linear_to_lora_layers``, mlx-lm 0.28.2 to 0.32.2). The paths are what is written: they hold any choice of modules, and
-need no number of layers.
+``keys`` are names within a layer, for the last ``num_layers`` layers, or the paths of modules in the whole model (read
+in ``linear_to_lora_layers``, mlx-lm 0.28.2 to 0.32.2). The paths are what is written: they hold any choice of modules,
+and need no number of layers.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ def read(folder: Path) -> Adapter:
     rank, scale = parameters.integer("rank"), parameters.number("scale")
     adapter = Adapter(dropout=parameters.number("dropout", 0.0), base=config.text("model", "") or None)
     for path, parts in _by_module(read_tensors(folder / FILE)).items():
-        adapter.modules[path] = _module(path, parts, scale, kind == "dora")
-        if (found := adapter.modules[path].rank) != rank:
-            raise parameters.error("rank", f"{found} as in {path}", rank)
+        change = adapter.modules[path] = _module(path, parts, scale, kind == "dora")
+        if change.a.ndim < 2 or change.b.ndim < 2 or (change.a.shape[-2], change.b.shape[-1]) != (rank, rank):
+            raise CheckpointError(
+                f"{path}: expected lora_a and lora_b of the rank {rank} by lora_parameters, found "
+                f"{list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}. Take the original adapter."
+            )
     return adapter
 
 
@@ -86,7 +89,7 @@ def _module(path: str, parts: dict[str, mx.array], scale: float, dora: bool) -> 
 
 
 def write(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The tensors, in float32 as the host trains them, and the config of an adapter, which is left without its modules."""
+    """The tensors, in float32 as the host trains them, and the config. The adapter is left without its modules."""
     rank, scale = in_common(adapter.modules.values())
     tensors: dict[str, mx.array] = {}
     for path, lora in adapter.modules.items():

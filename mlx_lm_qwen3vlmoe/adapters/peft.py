@@ -1,16 +1,16 @@
 """LoRA of PEFT: ``adapter_model.safetensors`` and an ``adapter_config.json`` of its own.
 
-| tensors of a module                                       | where                                                     |
-|-----------------------------------------------------------|-----------------------------------------------------------|
-| ``lora_A.weight [r, in]``, ``lora_B.weight [out, r]``     | linear layers, also separate experts                      |
-| ``lora_magnitude_vector [out]``                           | beside them, with DoRA                                    |
-| ``lora_embedding_A [r, V]``, ``lora_embedding_B [H, r]``  | embeddings                                                |
-| ``mlp.experts.lora_A.weight``, ``….lora_B.weight``        | a fused parameter: see `mlx_lm_qwen3vlmoe.adapters.fused` |
-| ``mlp.experts.base_layer.lora_A.weight``, ``….lora_B.…``  | ``gate_up_proj``, where both are adapted                  |
-| ``mlp.gate.lora_A.weight``, ``….lora_B.weight``           | the router: a module in transformers 4.57, a parameter in 5|
+| tensors                                                  | of                                                       |
+|----------------------------------------------------------|----------------------------------------------------------|
+| ``lora_A.weight [r, in]``, ``lora_B.weight [out, r]``    | a linear layer, also of one expert                       |
+| ``lora_magnitude_vector [out]``                          | the same, with DoRA                                      |
+| ``lora_embedding_A [r, V]``, ``lora_embedding_B [H, r]`` | the embeddings                                           |
+| ``mlp.experts.lora_A.weight``, ``….lora_B.weight``       | a fused parameter: see `fused`                           |
+| ``mlp.experts.base_layer.lora_A.weight``, …              | ``gate_up_proj``, where ``down_proj`` is adapted as well |
+| ``mlp.gate.lora_A.weight``, ``….lora_B.weight``          | the router: a module in transformers 4.57, or a parameter|
 
-Names begin as those of checkpoints do, after PEFT's ``base_model.model.``, which ms-swift's own format leaves out; a file
-of a training state has the adapter's name in them (``lora_A.default.weight``).
+Names begin as those of checkpoints do, after PEFT's ``base_model.model.``, which ms-swift's own format leaves out; a
+file of a training state has the adapter's name in them (``lora_A.default.weight``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import fused
 from .base import Base
 from .files import read_tensors
 from .fused import DOWN, GATE_UP, Pair
-from .lora import Adapter, Lora, is_expert, sizes, stack
+from .lora import Adapter, Lora, check_shapes, is_expert, sizes, stack
 from .peft_config import PeftConfig, write_config
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def read(folder: Path, base: Base) -> Adapter:
             experts[int(match[2])] = _change(path, module, config)
         elif not _FUSED.fullmatch(path):
             adapter.modules[path] = _change(path, module, config)
-    known = {name: size for path, lora in adapter.modules.items() for name, size in sizes(path, lora).items()}
+    known = sizes(adapter.modules)
     if single:
         adapter.modules |= _stacked(single, known.get("num_experts"), base)
     if layers := _parameters(modules, config):
@@ -136,17 +136,20 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     parameter = f"{module.name}.weight"
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
-    if a.ndim != 2 or a.shape[0] != rank:
+    if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
         raise CheckpointError(
-            f"{module.name}.lora_{kinds[0]}: expected the shape [{rank}, in] by r and rank_pattern, found "
-            f"{list(a.shape)}. Take the original adapter."
+            f"{module.name}: expected lora_A [{rank}, …] and lora_B […, {rank}] by r and rank_pattern, found "
+            f"{list(a.shape)} and {list(b.shape)}. Take the original adapter."
         )
-    return Lora(a, b, scale, parts.get("magnitude_vector"))
+    lora = Lora(a, b, scale, parts.get("magnitude_vector"))
+    if not _SINGLE.fullmatch(path):
+        check_shapes(path, lora)
+    return lora
 
 
 def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) -> dict[str, Lora]:
     """Separate experts, stacked; those without an adapter are not changed."""
-    path, first = next(iter(single.items()))
+    path = next(iter(single))
     last = max(map(max, single.values()))
     if (shapes := base.shapes()) is None and count is None and any(len(e) <= last for e in single.values()):
         shapes = base.shapes(f"{path}: an adapter of some of the experts")
@@ -157,8 +160,8 @@ def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) 
     for path, experts in single.items():
         if max(experts) >= count:
             raise CheckpointError(
-                f"{path.replace('switch_mlp', f'experts.{max(experts)}')}: expected experts 0 to {count - 1}, found it. "
-                "Is that the adapter's base model?"
+                f"{path.replace('switch_mlp', f'experts.{max(experts)}')}: expected experts 0 to {count - 1}, found "
+                "it. Is that the adapter's base model? If not, name it with --model."
             )
         stacked[path] = stack(path, [experts.get(n) for n in range(count)])
     return stacked
@@ -171,16 +174,17 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
         if not (match := _FUSED.fullmatch(path)):
             continue
         targeted = [name for name in (GATE_UP, DOWN) if config.targets(f"{module.name}.{name}")]
-        if match[2]:
+        if match[2] and f"{match[1]}.experts" in modules:
             name = GATE_UP  # is wrapped first, and then down_proj around it
         elif f"{path}.base_layer" in modules:
             name = DOWN
-        elif len(targeted) == 1:
+        elif len(targeted) == 1 and not match[2]:
             (name,) = targeted
         else:
             raise CheckpointError(
-                f"{module.name}: expected target_parameters in adapter_config.json to name experts.gate_up_proj or "
-                f"experts.down_proj, or both if the file has experts.base_layer, found {config.parameters}."
+                f"{module.name}: expected LoRA of as many of its parameters gate_up_proj and down_proj as "
+                f"target_parameters in adapter_config.json names, found one for {config.parameters}. Take the original "
+                "adapter."
             )
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
         parts = module.parts
@@ -202,8 +206,8 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
 def _in_blocks(config: PeftConfig) -> bool:
     if (blocks := config.in_blocks) is None:
         logger.warning(
-            "adapter_config.json has no lora_B_layout: the experts' lora_B is read as PEFT reads it. If Unsloth trained "
-            'the adapter from February to September 2026, add "lora_B_layout": "grouped_by_expert" and convert again.'
+            "adapter_config.json has no lora_B_layout: the experts' lora_B is read as PEFT reads it. If Unsloth "
+            'trained them from February to September 2026, add "lora_B_layout": "grouped_by_expert" and convert again.'
         )
     return bool(blocks)
 
@@ -224,26 +228,20 @@ def write(adapter: Adapter, spare: Adapter) -> tuple[dict[str, mx.array], dict[s
             mlp, _, projection = path.partition(".switch_mlp.")
             experts.setdefault(mlp, {})[projection] = lora
             continue
-        name = module_name(path)
-        if path.endswith(".mlp.gate") and not adapter.dora:
-            parameters.append(f"{name}.weight")
-            changes[f"{name}.weight"] = lora
-        else:
-            modules.append(name)
-            changes[name] = lora
+        lora, name = lora.cut(spare.modules.pop(path).used_rank()), module_name(path)
         kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A.weight", "B.weight")
         tensors |= {f"{_PREFIX}{name}.lora_{kind}": part for kind, part in zip(kinds, (lora.a, lora.b), strict=True)}
         if lora.magnitude is not None:
             tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = lora.magnitude
+        if path.endswith(".mlp.gate") and not adapter.dora:
+            name = f"{name}.weight"
+            parameters.append(name)
+        else:
+            modules.append(name)
+        changes[name] = lora
     for mlp, projections in experts.items():
-        gate, up = projections.get("gate_proj"), projections.get("up_proj")
         name = f"{module_name(mlp)}.experts"
-        joined: dict[str, Lora] = {}
-        if gate or up:
-            same = [spare.modules.pop(f"{mlp}.switch_mlp.{p}_proj", None) for p in ("gate", "up")]
-            joined[GATE_UP] = fused.join(gate, up, _same_a(*same))
-        if "down_proj" in projections:
-            joined[DOWN] = projections["down_proj"]
+        joined = _joined(projections, {p: spare.modules.pop(f"{mlp}.switch_mlp.{p}") for p in projections})
         for parameter, lora in joined.items():
             wrapped = ".base_layer" if len(joined) == 2 and parameter == GATE_UP else ""
             parameters.append(f"{name}.{parameter}")
@@ -264,8 +262,17 @@ def write(adapter: Adapter, spare: Adapter) -> tuple[dict[str, mx.array], dict[s
     )
 
 
-def _same_a(gate: Lora | None, up: Lora | None) -> bool:
-    return gate is not None and up is not None and bool(mx.array_equal(gate.a, up.a).item())
+def _joined(projections: dict[str, Lora], spare: dict[str, Lora]) -> dict[str, Lora]:
+    """``gate_up_proj``, ``down_proj`` or both, of a layer's projections."""
+    joined: dict[str, Lora] = {}
+    if halves := [name for name in ("gate_proj", "up_proj") if name in projections]:
+        rank = max(spare[name].used_rank() for name in halves)
+        gate, up = (projections[name].cut(rank) if name in projections else None for name in ("gate_proj", "up_proj"))
+        shared = len(halves) == 2 and bool(mx.array_equal(spare["gate_proj"].a, spare["up_proj"].a).item())
+        joined[GATE_UP] = fused.join(gate, up, shared)
+    if DOWN in projections:
+        joined[DOWN] = projections[DOWN].cut(spare[DOWN].used_rank())
+    return joined
 
 
 def _ranks_and_alphas(changes: dict[str, Lora]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ FIXTURES = HERE.parent / "fixtures"
 BASES = HERE.parents[1] / "fixtures"
 sys.path.insert(0, str(HERE.parents[1] / "make_fixtures"))
 
-from torch_common import build, golden, logits_and_margin, read  # noqa: E402
+from torch_common import build, golden, logits_and_margin, read, split_experts, text_only  # noqa: E402
 
 V5 = transformers.__version__.startswith("5.")
 VERSIONS = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
@@ -26,6 +26,23 @@ def base(name="official"):
     folder = BASES / name
     config = json.loads((folder / "config.json").read_text())
     return build(config, read(folder)), golden(folder)[0]
+
+
+def text_base(name="official"):
+    """The same model as transformers 4's Qwen3-MoE, which has the experts as modules of their own, and no vision."""
+    folder = BASES / name
+    config = json.loads((folder / "config.json").read_text())
+    fields = {k: v for k, v in config["text_config"].items() if k not in ("model_type", "rope_scaling", "dtype")}
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**fields, attn_implementation="eager"))
+    weights = {
+        name.replace("model.language_model.", "model."): value.float()
+        for name, value in split_experts(text_only(read(folder))).items()
+    }
+    model.load_state_dict(weights, strict=True)
+    model.config.text_config = model.config  # where the helpers of the other fixtures look
+    ids, logits = golden(folder)
+    assert torch.allclose(logits_and_margin(model.eval(), ids)[0], logits, atol=1e-4)
+    return model, ids
 
 
 def fill(model, seed):
@@ -70,4 +87,4 @@ def fresh(name):
     return folder
 
 
-__all__ = ["V5", "base", "fill", "fresh", "load_file", "merged", "save_golden"]
+__all__ = ["V5", "base", "fill", "fresh", "load_file", "merged", "save_golden", "text_base"]

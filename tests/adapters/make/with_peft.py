@@ -5,7 +5,7 @@ import sys
 import peft
 import torch
 import transformers
-from base import V5, base, fill, fresh, merged, save_golden
+from base import base, fill, fresh, merged, save_golden, text_base
 from peft import LoraConfig, get_peft_model
 from torch_common import logits_and_margin
 
@@ -53,6 +53,13 @@ MADE = {  # transformers, PEFT → fixture → LoraConfig
             "target_parameters": EXPERTS,
             "rank_pattern": {"mlp.gate": 3},
         },
+        "separate_experts": {
+            "r": 2,
+            "target_modules": ["gate_proj", "up_proj", "down_proj", "mlp.gate", "k_proj"],
+            "rank_pattern": {r"experts\.3\.down_proj": 4, "mlp.gate": 1},
+            "alpha_pattern": {r"experts\.[01]\.up_proj": 5},
+        },
+        "separate_experts_some": {"r": 2, "target_modules": r".*\.experts\.[13]\.(gate|down)_proj"},
         "dora_transformers4": {"r": 2, "use_dora": True, "target_modules": ["mlp.gate", "q_proj", "gate_proj"]},
     },
     ("4", "0.19"): {
@@ -62,7 +69,7 @@ MADE = {  # transformers, PEFT → fixture → LoraConfig
 
 
 def make(name, options, seed):
-    model, ids = base()
+    model, ids = text_base() if name.startswith("separate") else base()
     plain = logits_and_margin(model, ids)[0]
     model = get_peft_model(model, LoraConfig(**options)).eval()
     fill(model, seed)
@@ -77,4 +84,3 @@ key = transformers.__version__[0], ".".join(peft.__version__.split(".")[:2])
 for number, (name, options) in enumerate(MADE[key].items()):
     if len(sys.argv) < 2 or name in sys.argv[1:]:
         make(name, options, number)
-assert V5 == (key[0] == "5")
