@@ -1,8 +1,8 @@
 """PEFT's two matrices for all experts of a layer ↔ the changes of gate, up and down.
 
 E = experts, r = rank, H = hidden_size, I = moe_intermediate_size. PEFT's ``ParamWrapper`` adapts a parameter of three
-axes, ``gate_up_proj`` or ``down_proj``, by ``lora_A [r·E, x]`` and ``lora_B [y, r·E]``: of A's rows the experts are blocks
-(``[E, r, x]``), of B's columns they are the fastest (``[y, r, E]``). Which of the parameter's axes x is, has changed:
+axes, ``gate_up_proj`` or ``down_proj``, by ``lora_A [r·E, x]`` and ``lora_B [y, r·E]``: of A's rows the experts are
+blocks (``[E, r, x]``), of B's columns they are the fastest (``[y, r, E]``). Which of the axes x is, has changed:
 
 | transformers | PEFT to 0.19.0 | PEFT ≥ 0.19.1 |
 |--------------|----------------|---------------|

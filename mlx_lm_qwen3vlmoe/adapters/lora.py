@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -66,7 +66,8 @@ class Lora(NamedTuple):
     def used_rank(self) -> int:
         """The rank without zeros at the end. Evaluates both matrices."""
         used = ((self.a != 0).any(axis=-1) | (self.b != 0).any(axis=-2)).reshape(-1, self.rank).any(axis=0)
-        return max(int((used * mx.arange(1, self.rank + 1)).max().item()), 1)
+        last: Any = (used * mx.arange(1, self.rank + 1)).max().item()
+        return max(last, 1)
 
     def with_scale(self, scale: float) -> Lora:
         """The same change in float32, with the scale that it had in B."""
