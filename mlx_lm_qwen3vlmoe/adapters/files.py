@@ -13,21 +13,27 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..names import shortened
 
 CONFIG = "adapter_config.json"
 _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
+def broken(where: str, expected: str, found: object) -> CheckpointError:
+    """The error for tensors that do not belong together."""
+    return CheckpointError(f"{shortened(where)}: expected {expected}, found {found}. Take the original adapter.")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
+    found: object
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+        found = f"no object, but a {type(config).__name__}"
     except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{folder}: expected {CONFIG}, found {e}. Take it from where the adapter is from.") from e
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{CONFIG}: expected an object, found {type(config).__name__}. Take it from the original."
-        )
-    return config
+        found = e
+    raise CheckpointError(f"{folder}: expected {CONFIG}, found {found}. Take it from where the adapter is from.")
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:
@@ -38,10 +44,7 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
         raise CheckpointError(f"{file}: expected a safetensors file, found {e}. Download it again.") from e
     for name, array in tensors.items():
         if array.dtype not in _DTYPES or array.size == 0:
-            raise CheckpointError(
-                f"{name}: expected floats, found {array.dtype} of the shape {list(array.shape)}. Take the original "
-                "adapter."
-            )
+            raise broken(name, "floats", f"{array.dtype} of the shape {list(array.shape)}")
     return dict(sorted(tensors.items()))
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from .files import broken
 from .lora import Lora
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -53,8 +54,8 @@ def over_inputs(layers: dict[str, dict[str, Pair]], hidden: int | None, ask: Cal
         found = _shared(layers, ask(f"{next(iter(layers))}.experts"))
     if len(found) == 2:
         raise CheckpointError(
-            f"{_shown(*next(iter(layers.items())))}: expected sizes that tell whether A belongs to the inputs or to "
-            "the outputs, found a square parameter. An adapter of both gate_up_proj and down_proj tells."
+            f"{next(iter(layers))}.experts: expected sizes that tell whether A belongs to the inputs or to the "
+            "outputs, found a square parameter. An adapter of both gate_up_proj and down_proj tells."
         )
     return found.pop()
 
@@ -64,16 +65,12 @@ def _shared(layers: dict[str, dict[str, Pair]], hidden: int | None) -> set[bool]
     shared, first = {True, False}, next(iter(layers))
     for mlp, pairs in layers.items():
         if not (found := {over_in for over_in in (True, False) if _fits(pairs, over_in, hidden)}):
-            raise CheckpointError(
-                f"{_shown(mlp, pairs)}: expected the sizes [H, 2I] of gate_up_proj and [I, H] of down_proj, in this "
-                f"order or both the other way around, with {f'H = {hidden}' if hidden else 'one H'}, found others. "
-                "Take the original adapter."
-            )
+            one = f"with H = {hidden}" if hidden else "with one H"
+            sizes = f"[H, 2I] of gate_up_proj and [I, H] of down_proj {one}, in this order or both the other way around"
+            raise broken(f"{mlp}.experts", sizes, _shown(pairs))
         if not (shared := shared & found):
-            raise CheckpointError(
-                f"{_shown(mlp, pairs)}: expected A to belong to the inputs in all layers or in none, found it unlike "
-                f"{_shown(first, layers[first])}. Take the original adapter."
-            )
+            both = f"{_shown(pairs)} unlike {first}.experts, {_shown(layers[first])}"
+            raise broken(f"{mlp}.experts", "A to belong to the inputs in all layers or in none", both)
     return shared
 
 
@@ -92,9 +89,8 @@ def _fits(pairs: dict[str, Pair], over_in: bool, hidden: int | None) -> bool:
     return len(hiddens) == len(widths) == 1 and not widths.pop() % 2
 
 
-def _shown(mlp: str, pairs: dict[str, Pair]) -> str:
-    """A layer's experts, with what is known of their shapes."""
-    return f"{mlp}.experts ({', '.join(f'{n}: A {list(p.a.shape)}, B {list(p.b.shape)}' for n, p in pairs.items())})"
+def _shown(pairs: dict[str, Pair]) -> str:
+    return ", ".join(f"{name}: A {list(pair.a.shape)} and B {list(pair.b.shape)}" for name, pair in pairs.items())
 
 
 def separate(mlp: str, name: str, pair: Pair, over_in: bool, blocks: bool, in_two: bool = False) -> dict[str, Lora]:

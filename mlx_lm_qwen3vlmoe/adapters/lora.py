@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..names import DECODER, EMBEDDINGS, HEAD, NUMBER, shortened
+from ..names import DECODER, EMBEDDINGS, HEAD, NUMBER
+from .files import broken
 
 LAYER = rf"{re.escape(DECODER)}layers\.{NUMBER}"
 _MODULE = re.compile(
@@ -110,10 +111,8 @@ def stack(path: str, experts: list[Lora | None]) -> Lora:
     found = [(lora or none).with_scale(scale).with_rank(rank) for lora in experts]
     for number, lora in enumerate(found):
         if lora.a.shape != found[0].a.shape or lora.b.shape != found[0].b.shape or lora.magnitude is not None:
-            raise CheckpointError(
-                f"{path.replace('switch_mlp', f'experts.{number}')}: expected LoRA of the shapes of the other experts, "
-                f"found {list(lora.a.shape)} and {list(lora.b.shape)}{' with DoRA' * (lora.magnitude is not None)}."
-            )
+            shapes = f"{list(lora.a.shape)} and {list(lora.b.shape)}{' with DoRA' * (lora.magnitude is not None)}"
+            raise broken(path.replace("switch_mlp", f"experts.{number}"), "LoRA as the other experts have", shapes)
     return Lora(mx.stack([lora.a for lora in found]), mx.stack([lora.b for lora in found]), scale)
 
 
@@ -141,32 +140,28 @@ def sizes(modules: dict[str, Lora]) -> dict[str, int]:
         for name, size in found:
             first, where = known.setdefault(name, (size, path))
             if first != size:
-                raise CheckpointError(
-                    f"{path}: expected {first} for {name} as in {where}, found {size}. Take the original adapter."
-                )
+                raise broken(path, f"{first} for {name} as in {where}", size)
     return {name: size for name, (size, _) in known.items()}
 
 
 def check_shapes(path: str, lora: Lora) -> None:
     """Raise `CheckpointError` for a change of what no host has, or whose matrices do not belong together."""
     if not _MODULE.fullmatch(path):
-        raise CheckpointError(
-            f"{shortened(path)}: expected a linear layer of the language model, found another. Is the adapter of "
-            "another model type?"
-        )
+        raise broken(path, "a linear layer of the language model", "another")
     stack, stacked, outputs = lora.a.shape[:-2], is_expert(path), lora.b.shape[-2]
     if len(stack) != stacked or lora.b.shape != (*stack, outputs, lora.rank):
-        raise CheckpointError(
-            f"{path}: expected A [rank, in] and B [out, rank], found {list(lora.a.shape)} and {list(lora.b.shape)}. "
-            "Take the original adapter."
-        )
+        raise broken(path, "A [rank, in] and B [out, rank]", f"{list(lora.a.shape)} and {list(lora.b.shape)}")
     if lora.magnitude is not None and (stacked or path == EMBEDDINGS):
         raise CheckpointError(f"{path}: expected LoRA, found DoRA, which mlx_lm and PEFT do not have alike for it.")
     if lora.magnitude is not None and lora.magnitude.shape != (outputs,):
-        raise CheckpointError(
-            f"{path}: expected a magnitude of the shape [{outputs}], found {list(lora.magnitude.shape)}. Take the "
-            "original adapter."
-        )
+        raise broken(path, f"a magnitude of the shape [{outputs}]", list(lora.magnitude.shape))
+
+
+def unlike_base(path: str, expected: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: expected {expected} as in the base model, found {found}. Is that the model that the adapter was "
+        "trained on? If not, name it with --model."
+    )
 
 
 def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
@@ -185,8 +180,5 @@ def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
             found = found[::-1]
         if shapes is not None and shapes.get(path) != found:
             expected = f"a weight {list(shapes[path])}" if path in shapes else "no adapter"
-            raise CheckpointError(
-                f"{path}: expected {expected} as in the base model, found one for {list(found)}. Is that the model "
-                "that the adapter was trained on? If not, name it with --model."
-            )
+            raise unlike_base(path, expected, f"one for {list(found)}")
     sizes(adapter.modules)

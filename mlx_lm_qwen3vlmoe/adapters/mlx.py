@@ -25,7 +25,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..names import host_name, shortened
 from .fields import Fields
-from .files import read_config, read_tensors
+from .files import broken, read_config, read_tensors
 from .lora import Adapter, Lora, in_common, is_expert
 
 FILE = "adapters.safetensors"
@@ -49,10 +49,8 @@ def read(folder: Path) -> Adapter:
     for path, parts in _by_module(read_tensors(folder / FILE)).items():
         change = adapter.modules[path] = _module(path, parts, scale, kind == "dora")
         if change.a.ndim < 2 or change.b.ndim < 2 or (change.a.shape[-2], change.b.shape[-1]) != (rank, rank):
-            raise CheckpointError(
-                f"{path}: expected lora_a and lora_b of the rank {rank} by lora_parameters, found "
-                f"{list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}. Take the original adapter."
-            )
+            shapes = f"{list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}"
+            raise broken(path, f"lora_a and lora_b of the rank {rank} by lora_parameters", shapes)
     return adapter
 
 
@@ -76,9 +74,7 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
 def _module(path: str, parts: dict[str, mx.array], scale: float, dora: bool) -> Lora:
     expected = {"lora_a", "lora_b"} | ({"m"} if dora else set())
     if parts.keys() != expected:
-        odd = sorted(parts.keys() ^ expected)[0]
-        what = "expected with the others of its layer, found nothing" if odd in expected else "expected with dora only"
-        raise CheckpointError(f"{path}.{odd}: {what}. Take the original adapter.")
+        raise broken(path, " and ".join(sorted(expected)), " and ".join(sorted(parts)))
     a, b = parts["lora_a"], parts["lora_b"]
     if is_expert(path):
         if a.ndim == 2 and b.ndim == 3 and a.shape[0] % b.shape[0] == 0:

@@ -27,9 +27,9 @@ from ..errors import CheckpointError
 from ..names import EMBEDDINGS, NUMBER, host_name, module_name, shortened
 from . import fused
 from .base import Base
-from .files import read_tensors
+from .files import broken, read_tensors
 from .fused import DOWN, GATE_UP, Pair
-from .lora import Adapter, Lora, check_shapes, is_expert, sizes, stack
+from .lora import Adapter, Lora, check_shapes, is_expert, sizes, stack, unlike_base
 from .peft_config import PeftConfig, write_config
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _by_module(tensors: dict[str, mx.array], quiet: bool = False) -> dict[str, M
             )
         module = modules.setdefault(path.removesuffix(".weight"), Module(name.removesuffix(".base_layer"), {}))
         if match[2] in module.parts:
-            raise CheckpointError(f"{shortened(tensor)}: expected it once, found it twice, under two names.")
+            raise broken(tensor, "it once", "it twice, under two names")
         module.parts[match[2]] = array
     if not quiet and vision:
         logger.warning("Left out: the adapters of %d vision layers, which a text model has no use for.", len(vision))
@@ -130,17 +130,14 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A", "B")
     expected = {*kinds, *(["magnitude_vector"] if config.dora else [])}
     if parts.keys() != expected:
-        odd = min(parts.keys() ^ expected)
-        what = "with the others of its module, found nothing" if odd in expected else "nothing, found it"
-        raise CheckpointError(f"{module.name}.lora_{odd}: expected {what}. Take the original adapter.")
+        found = " and ".join(f"lora_{kind}" for kind in sorted(parts))
+        raise broken(module.name, " and ".join(f"lora_{kind}" for kind in sorted(expected)), found)
     parameter = f"{module.name}.weight"
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
-        raise CheckpointError(
-            f"{module.name}: expected lora_A [{rank}, …] and lora_B […, {rank}] by r and rank_pattern, found "
-            f"{list(a.shape)} and {list(b.shape)}. Take the original adapter."
-        )
+        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}] by r and rank_pattern"
+        raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")
     lora = Lora(a, b, scale, parts.get("magnitude_vector"))
     if not _SINGLE.fullmatch(path):
         check_shapes(path, lora)
@@ -159,10 +156,8 @@ def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) 
     stacked = {}
     for path, experts in single.items():
         if max(experts) >= count:
-            raise CheckpointError(
-                f"{path.replace('switch_mlp', f'experts.{max(experts)}')}: expected experts 0 to {count - 1}, found "
-                "it. Is that the adapter's base model? If not, name it with --model."
-            )
+            odd = path.replace("switch_mlp", f"experts.{max(experts)}")
+            raise unlike_base(odd, f"experts 0 to {count - 1}", "it")
         stacked[path] = stack(path, [experts.get(n) for n in range(count)])
     return stacked
 
@@ -181,24 +176,17 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
         elif len(targeted) == 1 and not match[2]:
             (name,) = targeted
         else:
-            raise CheckpointError(
-                f"{module.name}: expected LoRA of as many of its parameters gate_up_proj and down_proj as "
-                f"target_parameters in adapter_config.json names, found one for {config.parameters}. Take the original "
-                "adapter."
-            )
+            targets = "LoRA of those of gate_up_proj and down_proj that target_parameters names"
+            raise broken(module.name, targets, f"one for {config.parameters}")
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
         parts = module.parts
         if parts.keys() != {"A", "B"}:
-            raise CheckpointError(
-                f"{module.name}: expected lora_A and lora_B of {name}, found {', '.join(sorted(parts))}. "
-                "Take the original adapter."
-            )
+            found = " and ".join(f"lora_{kind}" for kind in sorted(parts))
+            raise broken(module.name, f"lora_A and lora_B of {name}", found)
         a, b = parts["A"], parts["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-            raise CheckpointError(
-                f"{module.name}: expected lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name} by r "
-                f"and rank_pattern, found {list(a.shape)} and {list(b.shape)}. Take the original adapter."
-            )
+            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name} by r and rank_pattern"
+            raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")
         layers.setdefault(match[1], {})[name] = Pair(a, b, rank, scale)
     return layers
 
