@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..headers import read_header
 from ..names import shortened
 
 CONFIG = "adapter_config.json"
@@ -38,13 +39,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(file: Path) -> dict[str, mx.array]:
     """The tensors of a file; none is in memory before it is evaluated."""
+    header, end = read_header(file)
     try:
+        if (size := file.stat().st_size) < end:  # which older MLX does not look at
+            raise ValueError(f"{size} of its {end} bytes")
         tensors: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as e:
         raise CheckpointError(f"{file}: expected a safetensors file, found {e}. Download it again.") from e
     for name, array in tensors.items():
-        if array.dtype not in _DTYPES or array.size == 0:
-            raise broken(name, "floats", f"{array.dtype} of the shape {list(array.shape)}")
+        offsets = header[name]["data_offsets"]
+        if array.dtype not in _DTYPES or array.size == 0 or offsets[1] - offsets[0] != array.nbytes:
+            raise broken(name, "floats", f"{array.dtype} of the shape {list(array.shape)} at {offsets} of the file")
     return dict(sorted(tensors.items()))
 
 
