@@ -51,17 +51,19 @@ def main(arguments: list[str] | None = None) -> None:
         report = diagnosis.diagnose()
         print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report))
         sys.exit(report["remedy"] is not None)
-    else:
+    elif parsed.command == "adapters":
+        from .adapters import convert
         from .errors import CheckpointError
 
         try:
-            if parsed.command == "adapters":
-                from .adapters import convert
+            print(convert(parsed.adapter, parsed.save_path, parsed.model))
+        except (CheckpointError, OSError) as e:
+            parser.exit(1, f"{e}\n")
+    else:
+        from . import inspection
+        from .errors import CheckpointError
 
-                print(convert(parsed.adapter, parsed.save_path, parsed.model))
-                return
-            from . import inspection
-
+        try:
             report = inspection.inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
         except (CheckpointError, OSError) as e:
             parser.exit(1, f"{e}\n")

@@ -8,7 +8,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from test_adapters import ADAPTERS, BASE, LAYER, copied, equal, refusal, tensors
+from test_adapters import ADAPTERS, BASE, LAYER, converted, copied, equal, refusal, tensors
 
 from mlx_lm_qwen3vlmoe.adapters import convert
 
@@ -124,6 +124,19 @@ def test_separate_experts_are_those_of_the_base_model(change, message, tmp_path)
     assert message in refusal(copied(tmp_path, "separate_experts_some", change), tmp_path)
 
 
+def test_a_base_model_that_is_not_there_is_an_error_if_the_user_names_it(tmp_path):
+    assert "--model: expected the base model's config" in refusal(ADAPTERS / "experts", tmp_path, tmp_path / "nothing")
+    converted(copied(tmp_path, base_model_name_or_path="/not/here"), tmp_path, None)
+
+
+def test_a_tensor_of_mlx_lm_under_two_names_is_an_error(tmp_path):
+    def again(found):
+        name = "language_model.model.layers.2.self_attn.q_proj.lora_a"
+        return found | {name.replace("language_model.model.", "model."): found[name]}
+
+    assert "found it twice" in refusal(copied(tmp_path, "trained_lora/mlx", again), tmp_path)
+
+
 def test_how_many_experts_there_are_is_not_guessed(tmp_path):
     """The adapter has experts 1 and 3."""
     assert "an adapter of some of the experts: expected the base model" in refusal(
@@ -198,8 +211,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     assert "adapter_model.safetensors: expected a safetensors file" in refusal(folder, tmp_path)
 
 
-def test_no_such_adapter_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_no_such_adapter_is_one_error(tmp_path):
     message = refusal(tmp_path / "nothing", tmp_path)
     assert "nothing: expected an adapter's folder or a reachable repository" in message
 

@@ -30,24 +30,20 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
     Raises:
         CheckpointError: the adapter is broken, or there is something in it that the other format cannot hold.
     """
-    folder, target = _found(adapter), Path(save_path)
+    folder = _found(adapter)
     from_peft = _is_peft(folder)
-    with staged(target) as stage:
-        if from_peft:
-            base = Base(model or _named(folder, "base_model_name_or_path"))
-            found = peft.read(folder, base)
-        else:
-            base = Base(model or _named(folder, "model"))
-            found = mlx.read(folder)
-        found.base = base.name
-        found.modules = {path: found.modules[path] for path in sorted(found.modules, key=layer_order)}
-        check(found, base.shapes())
-        done = f"{'DoRA' if found.dora else 'LoRA'} of {len(found.modules)} modules"
+    base = Base(model or _named(folder, "base_model_name_or_path" if from_peft else "model"))
+    found = peft.read(folder, base) if from_peft else mlx.read(folder)
+    found.base = base.name
+    found.modules = {path: found.modules[path] for path in sorted(found.modules, key=layer_order)}
+    check(found, base.shapes("--model" if model else None))
+    done = f"{'DoRA' if found.dora else 'LoRA'} of {len(found.modules)} modules"
+    with staged(Path(save_path)) as stage:
         if from_peft:
             write(stage, mlx.FILE, *mlx.write(found))
         else:
             write(stage, peft.FILE, *peft.write(found, mlx.read(folder)))
-    return f"{target}: {done}, for {'mlx_lm' if from_peft else 'PEFT'}"
+    return f"{save_path}: {done}, for {'mlx_lm' if from_peft else 'PEFT'}"
 
 
 def _found(adapter: str) -> Path:

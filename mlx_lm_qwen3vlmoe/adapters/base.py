@@ -12,46 +12,40 @@ from ..errors import CheckpointError
 from ..headers import read_config
 from ..names import EMBEDDINGS
 
-Shapes = dict[str, tuple[int, ...]]
+logger = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]  # path → of the weight
 
 
 class Base:
-    """The base model, by a name that the user or else the adapter gives.
+    """The base model, by the name that the user or else the adapter gives.
 
     Args:
         name: a folder, or a repository on the hub, of which the config alone is fetched, and only where it has to be.
     """
 
     def __init__(self, name: str | None):
-        self.name = name or None
+        self.name = name
+        self._shapes: Shapes | None = None
 
     def shapes(self, needed: str | None = None) -> Shapes | None:
         """Path → shape of the weight, as the host has it; None where the base model is not on this machine.
 
         Args:
-            needed: why the adapter cannot be read without: raises `CheckpointError`.
+            needed: what cannot do without. Raises `CheckpointError`.
         """
-        folder = self._folder(download=needed is not None)
-        if folder is None:
-            if needed is None:
-                return None
-            found = self.name or "no name of it"
+        if self._shapes is None and (folder := self._folder(download=needed is not None)):
+            self._shapes = _shapes(folder)
+        if self._shapes is None and needed is not None:
             raise CheckpointError(
-                f"{needed}: expected the base model's config to tell, found {found}. Name a folder or a repository "
-                "with --model."
+                f"{needed}: expected the base model's config to tell, found {self.name or 'no name of it'}. Name a "
+                "folder or a reachable repository with --model."
             )
-        from ..config import ModelArgs
-        from ..model import Model
-
-        config = read_config(folder)
-        for field in ("quantization", "quantization_config"):
-            config.pop(field, None)  # the shapes are those of the weights, not of how they are stored
-        parameters: Any = tree_flatten(Model(ModelArgs.from_dict(config)).parameters())
-        return {name.removesuffix(".weight"): tuple(array.shape) for name, array in parameters}
+        return self._shapes
 
     def hidden_size(self, needed: str) -> int:
-        shapes = self.shapes(needed)
-        assert shapes is not None
+        """Raises `CheckpointError` as `shapes` does."""
+        shapes = self.shapes(needed) or {}
         return shapes[EMBEDDINGS][1]
 
     def _folder(self, download: bool) -> Path | None:
@@ -66,6 +60,17 @@ class Base:
             if not isinstance(file, str):
                 file = hf_hub_download(self.name, "config.json") if download else None
         except Exception as e:  # its own kinds, by version, and those of its transport
-            logging.getLogger(__name__).debug("%s: %s", self.name, e)
+            logger.debug("%s: %s", self.name, e)
             return None
         return Path(file).parent if file else None
+
+
+def _shapes(folder: Path) -> Shapes:
+    from ..config import ModelArgs
+    from ..model import Model
+
+    config = read_config(folder)
+    for field in ("quantization", "quantization_config"):
+        config.pop(field, None)  # the shapes are those of the weights, not of how they are stored
+    parameters: Any = tree_flatten(Model(ModelArgs.from_dict(config)).parameters())
+    return {name.removesuffix(".weight"): tuple(array.shape) for name, array in parameters}

@@ -75,6 +75,7 @@ def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[st
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name when the block ends well, and is removed when it does not."""
+    target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: expected a new or an empty folder, found files. Name another --save-path.")
     target.parent.mkdir(parents=True, exist_ok=True)

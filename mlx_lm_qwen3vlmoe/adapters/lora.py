@@ -18,9 +18,9 @@ from ..errors import CheckpointError
 from ..names import DECODER, EMBEDDINGS, HEAD, NUMBER
 from .files import broken
 
-LAYER = rf"{re.escape(DECODER)}layers\.{NUMBER}"
+_LAYER = rf"{re.escape(DECODER)}layers\.{NUMBER}"
 _MODULE = re.compile(
-    rf"{LAYER}\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|(?:switch_mlp\.)?(?:gate|up|down)_proj))"
+    rf"{_LAYER}\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|(?:switch_mlp\.)?(?:gate|up|down)_proj))"
     rf"|{re.escape(HEAD)}|{re.escape(EMBEDDINGS)}"
 )
 _H, _HEADS, _KV = "hidden_size", "num_attention_heads · head_dim", "num_key_value_heads · head_dim"

@@ -67,7 +67,10 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
                 f"{shortened(name)}: expected lora_a, lora_b or m of a layer, found a tensor that is none. Is the "
                 "adapter of another model type, or of full training?"
             )
-        modules.setdefault(path.removesuffix(".weight"), {})[match[2]] = array
+        module = modules.setdefault(path.removesuffix(".weight"), {})
+        if match[2] in module:
+            raise broken(name, "it once", "it twice, under two names")
+        module[match[2]] = array
     return modules
 
 

@@ -31,7 +31,7 @@ _REFUSED = {  # fields that have to be empty, and why
     "lora_bias": "the host's LoRA has no biases",
     "ensure_weight_tying": "the host's head and embeddings are adapted apart",
 }
-_REPEATED_GROUP = re.compile(r"\)[*+{]|(?:[*+}].*){5}")  # what a hostile pattern needs to never end
+_ENDLESS = re.compile(r"\)[*+{]|(?:[*+?}].*){5}")  # what a hostile pattern needs to run for ever
 _LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
@@ -68,7 +68,7 @@ class PeftConfig(Fields):
         for pattern in values.values:
             try:
                 re.compile(pattern)
-                bad = len(pattern) > 1000 or _REPEATED_GROUP.search(pattern)
+                bad = len(pattern) > 1000 or _ENDLESS.search(pattern)
             except (re.error, RecursionError, OverflowError):
                 bad = True
             if bad:
