@@ -13,6 +13,7 @@ from conftest import FIXTURES, ROOT
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
+from test_commands import HOST
 
 from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.adapters import convert
@@ -43,6 +44,8 @@ def equal(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
 
 def adapted(adapter: Path, fuse: bool = False):
     """The base model in float32, with an adapter by the host's own functions."""
+    if HOST < (0, 28, 3) and any(".switch_mlp." in path for path in tensors(adapter)):
+        pytest.skip("mlx-lm 0.28.2 runs no adapters of experts, of any model")
     model, _ = load_model(BASE)
     model.set_dtype(mx.float32)
     load_adapters(model, str(adapter)).eval()

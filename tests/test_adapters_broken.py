@@ -174,6 +174,17 @@ def test_a_tensor_of_mlx_lm_that_is_missing_or_cut_is_an_error(tensor, tmp_path)
         assert tensor.rpartition(".")[0] in refusal(folder, tmp_path / str(number))
 
 
+def test_dora_of_embeddings_is_refused(tmp_path):
+    """PEFT has a magnitude for each of the hidden size, mlx_lm for each token."""
+    shapes = {"lora_a": (96, 2), "lora_b": (2, 40), "m": (96,)}
+
+    def change(found):
+        return found | {f"language_model.model.embed_tokens.{kind}": mx.ones(shape) for kind, shape in shapes.items()}
+
+    message = refusal(copied(tmp_path, "trained_dora/mlx", change), tmp_path)
+    assert "embed_tokens: expected LoRA, found DoRA" in message
+
+
 def test_whole_weights_of_mlx_lm_are_refused(tmp_path):
     change = added("language_model.model.norm.weight", 40)
     assert "norm.weight: expected lora_a" in refusal(copied(tmp_path, "trained_lora/mlx", change), tmp_path)
