@@ -137,8 +137,15 @@ def test_a_tensor_of_mlx_lm_under_two_names_is_an_error(tmp_path):
     assert "found it twice" in refusal(copied(tmp_path, "trained_lora/mlx", again), tmp_path)
 
 
-def test_how_many_experts_there_are_is_not_guessed(tmp_path):
-    """The adapter has experts 1 and 3."""
+def test_how_many_experts_there_are_is_not_guessed_in_silence(tmp_path, caplog):
+    """One adapter is of all experts but tells it by the router, the other of experts 1 and 3."""
+    converted(ADAPTERS / "separate_experts", tmp_path, None)
+    assert not caplog.text
+    router = copied(
+        tmp_path, "separate_experts", lambda found: {n: a for n, a in found.items() if ".gate.lora" not in n}
+    )
+    converted(router, tmp_path, None)
+    assert "it is taken to have the 5 experts of the adapter" in caplog.text
     assert "an adapter of some of the experts: expected the base model" in refusal(
         ADAPTERS / "separate_experts_some", tmp_path, None
     )

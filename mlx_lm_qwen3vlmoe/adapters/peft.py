@@ -152,7 +152,9 @@ def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) 
         shapes = base.shapes(f"{path}: an adapter of some of the experts")
     if shapes is not None:
         count = shapes.get(path, (last + 1,))[0]
-    count = last + 1 if count is None else count
+    if count is None:
+        count = last + 1
+        logger.warning("The base model is not at hand: it is taken to have the %d experts of the adapter.", count)
     stacked = {}
     for path, experts in single.items():
         if max(experts) >= count:
