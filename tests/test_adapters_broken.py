@@ -181,6 +181,26 @@ def test_a_tensor_of_mlx_lm_that_is_missing_or_cut_is_an_error(tensor, tmp_path)
         assert tensor.rpartition(".")[0] in refusal(folder, tmp_path / str(number))
 
 
+def test_dora_of_experts_is_refused(tmp_path):
+    def change(found):
+        for name in [name for name in found if name.endswith("lora_B.weight")]:
+            found[name.replace("lora_B.weight", "lora_magnitude_vector")] = mx.ones(found[name].shape[:1])
+
+    for number, name in enumerate(("separate_experts_some", "experts")):
+        (tmp_path / str(number)).mkdir()
+        message = refusal(copied(tmp_path / str(number), name, change, use_dora=True), tmp_path / str(number))
+        assert re.search("switch_mlp.down_proj: expected LoRA, found DoRA|lora_magnitude_vector", message)
+
+
+def test_dora_of_some_modules_and_lora_of_others_is_refused(tmp_path):
+    def change(found):
+        for layer in range(3):
+            found[LAYER.format(layer) + "self_attn.q_proj.lora_magnitude_vector"] = mx.ones(64)
+
+    message = refusal(copied(tmp_path, change=change, use_dora=True), tmp_path)
+    assert "mlp.switch_mlp.down_proj: expected DoRA as the other modules have, found LoRA" in message
+
+
 def test_dora_of_embeddings_is_refused(tmp_path):
     """PEFT has a magnitude for each of the hidden size, mlx_lm for each token."""
     shapes = {"lora_a": (96, 2), "lora_b": (2, 40), "m": (96,)}

@@ -110,10 +110,10 @@ def stack(path: str, experts: list[Lora | None]) -> Lora:
     none = Lora(mx.zeros_like(first.a), mx.zeros_like(first.b), scale)
     found = [(lora or none).with_scale(scale).with_rank(rank) for lora in experts]
     for number, lora in enumerate(found):
-        if lora.a.shape != found[0].a.shape or lora.b.shape != found[0].b.shape or lora.magnitude is not None:
-            shapes = f"{list(lora.a.shape)} and {list(lora.b.shape)}{' with DoRA' * (lora.magnitude is not None)}"
-            raise broken(path.replace("switch_mlp", f"experts.{number}"), "LoRA as the other experts have", shapes)
-    return Lora(mx.stack([lora.a for lora in found]), mx.stack([lora.b for lora in found]), scale)
+        if lora.a.shape != found[0].a.shape or lora.b.shape != found[0].b.shape:
+            shapes = f"{list(lora.a.shape)} and {list(lora.b.shape)}"
+            raise broken(path.replace("switch_mlp", f"experts.{number}"), "the shapes of the other experts", shapes)
+    return Lora(mx.stack([lora.a for lora in found]), mx.stack([lora.b for lora in found]), scale, first.magnitude)
 
 
 def is_expert(path: str) -> bool:
@@ -175,6 +175,8 @@ def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
         raise CheckpointError("adapter: expected LoRA of the language model, found none. Is it for vision layers only?")
     for path, lora in adapter.modules.items():
         check_shapes(path, lora)
+        if adapter.dora and lora.magnitude is None:
+            raise broken(path, "DoRA as the other modules have", "LoRA")
         found = (*lora.a.shape[:-2], lora.b.shape[-2], lora.a.shape[-1])
         if path == EMBEDDINGS:
             found = found[::-1]
