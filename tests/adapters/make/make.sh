@@ -3,6 +3,7 @@
 set -eu
 cd "$(dirname "$0")"
 : "${T5:?}" "${T5_018:?}" "${T4_017:?}" "${T4_018:?}" "${T4_019:?}" "${MLX_LM:?}"
+export PYTHONHASHSEED=0  # PEFT writes sets
 for python in "$T5" "$T5_018" "$T4_017" "$T4_018" "$T4_019"; do "$python" with_peft.py; done
 "$MLX_LM" with_mlx_lm.py
 "$T5" golden_of_mlx.py
