@@ -76,7 +76,7 @@ def without(host: str, limits: dict[str, str]) -> list[str]:
 @nox.parametrize("host", [nox.param(host, id=host) for host in HOSTS])
 def hosts(session: nox.Session, host: str) -> None:
     """All layouts and formats, and the real commands, on one mlx-lm with the MLX of its time."""
-    subjects = ("layouts", "quantized", "sanitize", "backend", "config", "commands")
+    subjects = ("layouts", "quantized", "sanitize", "backend", "config", "commands", "adapters", "adapters_commands")
     selection = without(host, LIMITS | MLX_LIMITS)
     run_on(session, host, HOSTS[host], selection, *(f"test_{subject}.py" for subject in subjects))
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     where = Path(__file__).parent
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__} from {where}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_inspect, _doctor, _run):
+    for add in (_inspect, _doctor, _run, _adapters):
         add(commands)
     parsed = parser.parse_args(arguments)
     parsed.do(parsed)
@@ -121,6 +121,31 @@ def _run(commands: Any) -> None:
         _need_mlx_lm()
         sys.argv = ["mlx_lm", parsed.subcommand, *parsed.arguments]
         runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
+
+    parser.set_defaults(do=do)
+
+
+def _adapters(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "adapters",
+        "convert LoRA and DoRA of PEFT to those of mlx_lm, or the reverse",
+        "adapters peft-adapter --save-path adapters",
+        "0 if they are converted, 1 if not, with the reason",
+    )
+    parser.add_argument("adapter", help="a folder, or a repository on the hub")
+    parser.add_argument("--save-path", required=True, help="a new folder for the result")
+    parser.add_argument("--model", help="the base model, if the adapter does not name it; its config alone is read")
+
+    def do(parsed: argparse.Namespace) -> None:
+        _need_mlx_lm()
+        from .adapters import convert
+        from .errors import CheckpointError
+
+        try:
+            print(convert(parsed.adapter, parsed.save_path, parsed.model))
+        except (CheckpointError, OSError) as e:
+            sys.exit(str(e))
 
     parser.set_defaults(do=do)
 

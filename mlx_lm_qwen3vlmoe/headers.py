@@ -24,25 +24,30 @@ def local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
     """The headers of the files that the host would load; a file that is cut short is worth a note."""
     headers = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(min(length, 100_000_000))  # the format's own limit
-        try:
-            header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-            end = 8 + length + _data_size(header)
-            complete = all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-            complete = False
-        if not complete:
-            raise CheckpointError(
-                f"{path}: expected the header of a safetensors file, found none. Download the file again."
-            )
-        headers[path.name] = header
+        headers[path.name], end = read_header(path)
         if (size := path.stat().st_size) < end:
             notes.append(f"{path.name}: {end - size} of its {end} bytes are missing: it will not load as it is")
     if not headers:
         raise CheckpointError(f"{folder}: expected model*.safetensors, found none. Is the download complete?")
     return headers
+
+
+def read_header(path: Path) -> tuple[Header, int]:
+    """The header of a file, and how many bytes the whole file has by it; raises `CheckpointError`."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, 100_000_000))  # the format's own limit
+    try:
+        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        end = 8 + length + _data_size(header)
+        complete = all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
+        complete = False
+    if not complete:
+        raise CheckpointError(
+            f"{path}: expected the header of a safetensors file, found none. Download the file again."
+        )
+    return header, end
 
 
 def _data_size(header: Header) -> int:

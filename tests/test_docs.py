@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import CLEAN, LIMIT, ROOT, TINY, run, thorough
+from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 import mlx_lm_qwen3vlmoe.backend
@@ -115,6 +116,7 @@ def folder_for(path: Path, questions: list[dict[str, str]]) -> Path:
         (path / name).mkdir()
     for name in ("model", "MODEL", "Qwen/Qwen3-VL-30B-A3B-Instruct", "mlx-community/Qwen3-VL-30B-A3B-Instruct-4bit"):
         (path / name).symlink_to(TINY)
+    (path / "peft-adapter").symlink_to(ROOT / "tests" / "adapters" / "fixtures" / "tiny_answer")
     for name in ("data", "my-data"):
         (path / name).mkdir()
         chats = [
@@ -280,6 +282,7 @@ REAL = {  # messages that no single text in a source holds: they are brought abo
     "invalid data offsets … exceeding the size of the file. Perhaps an incomplete download or corrupt file?",
     "[GatherMM::eval] Currently only supports float32.",
     "[safetensor] unsupported dtype F64",
+    "'types.SimpleNamespace' object has no attribute 'num_layers'",
 }
 
 
@@ -365,6 +368,14 @@ def test_a_truncated_file_gives_the_message(tmp_path):
     assert message in HEADINGS
     with pytest.raises(RuntimeError, match=re.escape(message).replace("…", ".*")):
         load_model(tmp_path / "cut")
+
+
+def test_an_adapter_of_peft_given_to_the_host_gives_the_message():
+    adapter = ROOT / "tests" / "adapters" / "fixtures" / "tiny_answer"
+    (message,) = [m for m in REAL if "num_layers" in m]
+    assert message in HEADINGS
+    with pytest.raises(AttributeError, match=re.escape(message)):
+        load_adapters(load_model(TINY, lazy=True)[0], str(adapter))
 
 
 def test_a_tensor_in_64_bits_gives_the_message(tmp_path):

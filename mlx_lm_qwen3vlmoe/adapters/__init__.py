@@ -1,0 +1,80 @@
+"""LoRA and DoRA of PEFT → those of ``mlx_lm``, and the reverse, with the same merged weights.
+
+Data flows from files to a form of its own (`lora.Adapter`), and from there to files: `peft` and `mlx` know one format
+each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from . import mlx, peft
+from .base import Base
+from .files import CONFIG, read_config, staged, write
+from .lora import check, layer_order
+
+
+def convert(adapter: str, save_path: str, model: str | None = None) -> str:
+    """Write an adapter of one format in the other; which it is of, its files tell.
+
+    Args:
+        adapter: a folder, or a repository on the hub.
+        save_path: a new folder. It is there only once it is complete.
+        model: the base model, a folder or a repository, where the adapter does not name the right one. Its config alone
+            is read.
+
+    Returns:
+        What was written, in a sentence.
+
+    Raises:
+        CheckpointError: the adapter is broken, or there is something in it that the other format cannot hold.
+    """
+    folder = _found(adapter)
+    from_peft = _is_peft(folder)
+    base = Base(model or _named(folder, "base_model_name_or_path" if from_peft else "model"))
+    found = peft.read(folder, base) if from_peft else mlx.read(folder)
+    found.base = base.name
+    found.modules = {path: found.modules[path] for path in sorted(found.modules, key=layer_order)}
+    check(found, base.shapes("--model" if model else None))
+    done = f"{'DoRA' if found.dora else 'LoRA'} of {len(found.modules)} modules"
+    with staged(Path(save_path)) as stage:
+        if from_peft:
+            write(stage, mlx.FILE, *mlx.write(found))
+        else:
+            write(stage, peft.FILE, *peft.write(found, mlx.read(folder)))
+    return f"{save_path}: {done}, for {'mlx_lm' if from_peft else 'PEFT'}"
+
+
+def _found(adapter: str) -> Path:
+    """The folder of an adapter; of a repository on the hub, its files for an adapter are fetched."""
+    if Path(adapter).exists():
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[CONFIG, peft.FILE, mlx.FILE]))
+    except Exception as e:  # its own kinds, by version, and those of its transport
+        reason = str(e).partition("\n")[0]
+        raise CheckpointError(
+            f"{adapter}: expected an adapter's folder or a reachable repository, found {type(e).__name__}: {reason}"
+        ) from e
+
+
+def _is_peft(folder: Path) -> bool:
+    found = [name for name in (peft.FILE, mlx.FILE) if (folder / name).exists()]
+    if len(found) == 1:
+        return found[0] == peft.FILE
+    if found:
+        raise CheckpointError(f"{folder}: expected {peft.FILE} or {mlx.FILE}, found both. Remove one, and its config.")
+    others = sorted(path.name for path in folder.glob("adapter*") if path.name != CONFIG)
+    raise CheckpointError(
+        f"{folder}: expected {peft.FILE} (PEFT) or {mlx.FILE} (mlx_lm), found {', '.join(others) or 'neither'}. "
+        "Pickled files (.bin, .pt) are not read: load them with PEFT, and save_pretrained writes safetensors."
+    )
+
+
+def _named(folder: Path, field: str) -> str | None:
+    """The base model as the adapter names it."""
+    name = read_config(folder).get(field)
+    return name if isinstance(name, str) and name else None

@@ -1,0 +1,60 @@
+"""Fields of an adapter's config, each of its type or one error."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import Any
+
+from ..errors import CheckpointError
+from ..fields import LARGEST
+
+
+class Fields:
+    """An object of ``adapter_config.json``: every method raises `CheckpointError`. What is null is missing."""
+
+    def __init__(self, values: dict[str, Any], where: str = ""):
+        self.values = values
+        self.where = where
+
+    def error(self, field: str, expected: str, found: object) -> CheckpointError:
+        what = "nothing" if found is None else found if isinstance(found, str) else reprlib.repr(found)
+        return CheckpointError(
+            f"adapter_config.json: {self.where}{field}: expected {expected}, found {what}. Correct it, or take the "
+            "original adapter."
+        )
+
+    def _get(self, field: str, kinds: tuple[type, ...], expected: str, default: Any) -> Any:
+        value = self.values.get(field)
+        if value is None and default is not None:
+            return default
+        if type(value) not in kinds:
+            raise self.error(field, expected, value)
+        return value
+
+    def text(self, field: str, default: str | None = None) -> str:
+        return self._get(field, (str,), "a text", default)
+
+    def flag(self, field: str) -> bool:
+        return self._get(field, (bool,), "true or false", False)
+
+    def integer(self, field: str) -> int:
+        value = self._get(field, (int,), "a positive integer", None)
+        if not 0 < value <= LARGEST:
+            raise self.error(field, "a positive integer", value)
+        return value
+
+    def number(self, field: str, default: float | None = None) -> float:
+        value = self._get(field, (int, float), "a number", default)
+        if not math.isfinite(value) or abs(value) > 1e30:
+            raise self.error(field, "a number", value)
+        return float(value)
+
+    def object(self, field: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._get(field, (dict,), "an object", default)
+
+    def texts(self, field: str) -> list[str]:
+        values = self._get(field, (list,), "a list of texts", [])
+        if not all(isinstance(value, str) for value in values):
+            raise self.error(field, "a list of texts", values)
+        return values

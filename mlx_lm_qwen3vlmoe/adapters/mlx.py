@@ -1,0 +1,111 @@
+"""Adapters of ``mlx_lm``: ``adapters.safetensors`` and an ``adapter_config.json`` of its own.
+
+``lora_parameters`` has **one** rank and one scale for all modules. A module by another rank is filled with zeros, and
+another scale goes into B.
+
+| tensor, in the host's names   | a linear layer | the experts of a layer, stacked                               |
+|-------------------------------|----------------|---------------------------------------------------------------|
+| ``lora_a``                    | ``[in, rank]`` | ``[experts, rank, in]``; 0.28.2: ``[experts · rank, in]``     |
+| ``lora_b``                    | ``[rank, out]``| ``[experts, out, rank]``                                      |
+| ``m``, with ``dora``          | ``[out]``      |                                                               |
+
+``keys`` are names within a layer, for the last ``num_layers`` layers, or the paths of modules in the whole model (read
+in ``linear_to_lora_layers``, mlx-lm 0.28.2 to 0.32.2). The paths are what is written: they hold any choice of modules,
+and need no number of layers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from ..names import host_name, shortened
+from .fields import Fields
+from .files import broken, read_config, read_tensors
+from .lora import Adapter, Lora, in_common, is_expert
+
+FILE = "adapters.safetensors"
+_TENSOR = re.compile(r"(.+)\.(lora_a|lora_b|m)")
+
+
+def read(folder: Path) -> Adapter:
+    """Read an adapter that ``mlx_lm.lora`` trained; raises `CheckpointError`."""
+    config = Fields(read_config(folder))
+    kind = config.text("fine_tune_type", "lora")
+    if kind == "full":
+        raise CheckpointError(
+            "adapter_config.json: fine_tune_type: expected lora or dora, found full, which is no adapter: its file has "
+            "whole weights. mlx_lm.fuse puts them into the model."
+        )
+    if kind not in ("lora", "dora"):
+        raise config.error("fine_tune_type", "lora or dora", kind)
+    parameters = Fields(config.object("lora_parameters"), "lora_parameters.")
+    rank, scale = parameters.integer("rank"), parameters.number("scale")
+    adapter = Adapter(dropout=parameters.number("dropout", 0.0), base=config.text("model", "") or None)
+    for path, parts in _by_module(read_tensors(folder / FILE)).items():
+        change = adapter.modules[path] = _module(path, parts, scale, kind == "dora")
+        if change.a.ndim < 2 or change.b.ndim < 2 or (change.a.shape[-2], change.b.shape[-1]) != (rank, rank):
+            shapes = f"{list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}"
+            raise broken(path, f"lora_a and lora_b of the rank {rank} by lora_parameters", shapes)
+    return adapter
+
+
+def _by_module(tensors: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    modules: dict[str, dict[str, mx.array]] = {}
+    for name, array in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        try:
+            path = host_name(f"{match[1]}.weight") if match else None
+        except CheckpointError:
+            path = None
+        if match is None or path is None:
+            raise CheckpointError(
+                f"{shortened(name)}: expected lora_a, lora_b or m of a layer, found a tensor that is none. Is the "
+                "adapter of another model type, or of full training?"
+            )
+        module = modules.setdefault(path.removesuffix(".weight"), {})
+        if match[2] in module:
+            raise broken(name, "it once", "it twice, under two names")
+        module[match[2]] = array
+    return modules
+
+
+def _module(path: str, parts: dict[str, mx.array], scale: float, dora: bool) -> Lora:
+    expected = {"lora_a", "lora_b"} | ({"m"} if dora else set())
+    if parts.keys() != expected:
+        raise broken(path, " and ".join(sorted(expected)), " and ".join(sorted(parts)))
+    a, b = parts["lora_a"], parts["lora_b"]
+    if is_expert(path):
+        if a.ndim == 2 and b.ndim == 3 and a.shape[0] % b.shape[0] == 0:
+            a = a.reshape(b.shape[0], -1, a.shape[1])
+    elif a.ndim == b.ndim == 2:
+        a, b = a.T, b.T
+    return Lora(a, b, scale, parts.get("m"))
+
+
+def write(adapter: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The tensors, in float32 as the host trains them, and the config. The adapter is left without its modules."""
+    rank, scale = in_common(adapter.modules.values())
+    tensors: dict[str, mx.array] = {}
+    for path, lora in adapter.modules.items():
+        a, b, _, magnitude = lora.with_scale(scale).with_rank(rank)
+        if not is_expert(path):
+            a, b = a.T, b.T
+        parts = {"lora_a": a, "lora_b": b} | ({} if magnitude is None else {"m": magnitude})
+        tensors |= {f"{path}.{kind}": part.astype(mx.float32) for kind, part in parts.items()}
+    config = {
+        "fine_tune_type": "dora" if adapter.dora else "lora",
+        "lora_parameters": {
+            "dropout": adapter.dropout,
+            "keys": list(adapter.modules),
+            "rank": rank,
+            "scale": scale,
+        },
+        "num_layers": -1,
+    }
+    adapter.modules.clear()
+    return tensors, config | ({"model": adapter.base} if adapter.base else {})
