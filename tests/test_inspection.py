@@ -388,3 +388,13 @@ def test_a_model_of_the_hosts_own_is_told_in_one_line(tmp_path, model_type):
     done = inspect_command(tmp_path, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"{tmp_path}: {model_type} is mlx-lm's own type: load it as it is.\n"
+
+
+def test_what_converting_takes_is_said_where_it_was_measured():
+    report = inspect(str(FIXTURES / "official"), bits=4)
+    assert report["convert_bytes"] > report["weights_bytes"]
+    assert re.search(r"^convert -q +[\d.]+ [MG]B at its peak$", render(report), re.MULTILINE)
+    report = inspect(str(QUANTIZED / "awq-g64"), bits=4)
+    assert report["convert_bytes"] is None
+    assert re.search(r"^convert -q +unknown: ", render(report), re.MULTILINE)
+    assert "convert -q" not in render(inspect(str(FIXTURES / "official")))

@@ -69,7 +69,7 @@ def _shapes(folder: Path) -> Shapes:
     from ..config import ModelArgs
     from ..model import Model
 
-    config = read_config(folder)
+    config = read_config(folder, str(folder))
     for field in ("quantization", "quantization_config"):
         config.pop(field, None)  # the shapes are those of the weights, not of how they are stored
     parameters: Any = tree_flatten(Model(ModelArgs.from_dict(config)).parameters())
