@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-TARGET = r"(?P<{}>[^\s()]+)(?:\s+(?:\"[^\"]*\"|'[^']*'))?"
+TARGET = r"<?(?P<{}>[^\s()<>]+)>?(?:\s+(?:\"[^\"]*\"|'[^']*'))?"
 PARTS = re.compile(  # code, which stays, and all that has a target
     r"(?P<code>^\ *(?P<fence>```+|~~~+).*?^\ *(?P=fence)[`~]*\ *$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))"
     r"|!\[[^\[\]]*\]\(" + TARGET.format("picture") + r"\)"

@@ -96,7 +96,7 @@ def newer(tmp_path_factory) -> Path:
     tree.mkdir()
     for name in ("mlx_lm_qwen3vlmoe", "startup"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tree)
     package = tree / "mlx_lm_qwen3vlmoe"
     edit(package / "__init__.py", r'(?m)^__version__ = ".*"$', '__version__ = "99.0"')
