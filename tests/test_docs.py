@@ -22,7 +22,7 @@ import mlx
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import CLEAN, ROOT, TINY, run
+from conftest import CLEAN, ROOT, TINY, run, thinking_model
 from mlx_lm.utils import load_model
 
 import mlx_lm_qwen3vlmoe.backend
@@ -38,12 +38,15 @@ LISTED = {
     "uv ": "tests/slow/test_install.py",
     "pipx ": "tests/slow/test_install.py",
     "make ": ".ci/run",
+    "REPOSITORY=": "tests/test_packaging.py",
+    "pypi-attestations ": ".github/workflows/release.yml",  # which publishes what this asks PyPI for
+    "python -m venv ": "tests/slow/test_releases.py",
     ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
     "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     'python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
     'MLX_LM_PLUGINS=0 python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
 }
-PYTHON_LISTED = {"plugins.md": "tests/test_plugins.py"}
+PYTHON_LISTED = {"plugins.md": "tests/test_plugins.py", "serving.md": "tests/test_serving.py"}
 SLOW = {  # documents, and the beginnings of their commands that slow/test_docs_slow.py runs
     "commands.md": ("mlx_lm.",),
     "distributed.md": ("mlx.launch ", "launch"),
@@ -113,6 +116,7 @@ def folder_for(path: Path, questions: list[dict[str, str]]) -> Path:
     (path / "Qwen").mkdir()
     for name in ("model", "MODEL", "Qwen/Qwen3-VL-30B-A3B-Instruct"):
         (path / name).symlink_to(TINY)
+    thinking_model(path / "Qwen" / "Qwen3-VL-30B-A3B-Thinking")
     for name in ("data", "my-data"):
         (path / name).mkdir()
         chats = [
@@ -170,7 +174,8 @@ def ask(port: int, still_runs: Callable[[], bool], seconds: float = 120) -> str:
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=seconds) as reply:
-        return json.load(reply)["choices"][0]["message"]["content"]
+        message = json.load(reply)["choices"][0]["message"]
+    return message.get("content") or message["reasoning"]
 
 
 def asked_server(command: str, folder: Path) -> str:
