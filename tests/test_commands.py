@@ -143,15 +143,14 @@ def test_chat_answers_two_questions_in_a_row(tiny_questions):
 
 
 @contextmanager
-def serving(model: Path, log: Path, *arguments: str):
+def serving(model: Path, log: Path, *arguments: str, command: tuple[object, ...] = (BIN / "mlx_lm.server",)):
     """An `mlx_lm.server` on a free port, as the base URL of its API."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with log.open("w") as out:
         server = subprocess.Popen(
-            [BIN / "mlx_lm.server", "--model", str(model), "--port", str(port), "--temp", "0", "--max-tokens", "64"]
-            + list(arguments),
+            [*command, "--model", str(model), "--port", str(port), "--temp", "0", "--max-tokens", "64", *arguments],
             env=CLEAN,
             stdout=out,
             stderr=out,

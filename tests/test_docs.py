@@ -29,7 +29,7 @@ import mlx_lm_qwen3vlmoe.backend
 from mlx_lm_qwen3vlmoe import quantization
 
 BIN = Path(sys.executable).parent
-DOCUMENTS = {file.name: file for file in (ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))}
+DOCUMENTS = {file.name: file for folder in (ROOT, ROOT / "docs") for file in sorted(folder.glob("*.md"))}
 QUESTION = "What is this package?"
 
 # What is not run from here, and why: the beginning of a command → who does it.
@@ -41,6 +41,9 @@ LISTED = {
     "REPOSITORY=": "tests/test_packaging.py",
     "pypi-attestations ": ".github/workflows/release.yml",  # which publishes what this asks PyPI for
     "python -m venv ": "tests/slow/test_releases.py",
+    "python make_tiny.py": "tests/test_plugins.py",
+    "mlx_lm.generate --model tiny-random": "tests/test_plugins.py",
+    "mlx_lm.convert --hf-path tiny-random": "tests/test_plugins.py",
     ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
     "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     'python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",

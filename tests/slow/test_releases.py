@@ -1,6 +1,6 @@
 """From release to release, and the tests that a source distribution brings. These tests need PyPI.
 
-`releases` has the wheel of 0.1.0, as `python -m build` makes it of the commit that CHANGELOG.md names.
+`tests/releases` has the wheel of the release before, as `python -m build` makes it of its commit: see CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from conftest import OURS, ROOT, TINY, Environment, build, run
 from test_install import NAME, VERSION, files, files_of_wheel, served_by, uv, version  # noqa: F401 (uv is a fixture)
 
-(OLD,) = (ROOT / "tests" / "releases").glob("*-0.1.0-*.whl")
+(OLD,) = (ROOT / "tests" / "releases").glob("*.whl")
 CONVERT = """
 import sys, mlx_lm, mlx_lm_qwen3vlmoe
 mlx_lm.convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=4)
@@ -57,9 +57,9 @@ def install(request, wheel, tmp_path):
 
 def test_from_the_old_release_to_this_one_and_back(install, wheel):
     for arguments, release in (
-        ([f"{NAME}==0.1.0"], OLD),
+        ([f"{NAME}=={version(OLD)}"], OLD),
         (["--upgrade", NAME], wheel),
-        ([f"{NAME}==0.1.0"], OLD),
+        ([f"{NAME}=={version(OLD)}"], OLD),
         ([f"{NAME}=={version(wheel)}"], wheel),
     ):
         environment = install(*arguments)
