@@ -12,9 +12,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import test_install
 from conftest import OURS, ROOT, TINY, Environment, build, run
-from test_install import NAME, VERSION, files, files_of_wheel, served_by, uv, version  # noqa: F401 (uv is a fixture)
+from test_install import MLX_LM, NAME, VERSION, files, files_of_wheel, served_by, version
 
+uv, pipx = test_install.uv, test_install.pipx  # fixtures
 (OLD,) = (ROOT / "tests" / "releases").glob("*.whl")
 CONVERT = """
 import sys, mlx_lm, mlx_lm_qwen3vlmoe
@@ -78,6 +80,22 @@ def test_both_side_by_side_load_what_the_other_converted_and_answer_alike(wheel,
         for name in sides:
             found = environment.run(ANSWER, tmp_path / f"converted-{name}", pair["question"]).stdout
             assert found.strip() == f"{OURS} {pair['answer']}"
+
+
+def test_a_tool_of_uv_goes_back_to_the_old_release(uv, wheel):
+    for release in (wheel, OLD):
+        uv("tool", "install", MLX_LM, "--with-executables-from", release)
+        assert run(uv.home / "tools" / "mlx-lm" / "bin" / "python", "-c", VERSION).stdout.strip() == version(release)
+        assert "qwen3_vl_moe" in run(uv.home / "bin" / NAME, "doctor", check=False).stdout
+
+
+def test_a_tool_of_pipx_goes_back_to_the_old_release(pipx, wheel):
+    pipx("install", MLX_LM)
+    for release in (wheel, OLD):
+        pipx("inject", "--include-apps", "--force", "mlx-lm", release)
+        python = pipx.home / "home" / "venvs" / "mlx-lm" / "bin" / "python"
+        assert run(python, "-c", VERSION).stdout.strip() == version(release)
+        assert "qwen3_vl_moe" in run(pipx.home / "bin" / NAME, "doctor", check=False).stdout
 
 
 # --- the source distribution ----------------------------------------------------------------------------------------
