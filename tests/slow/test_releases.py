@@ -101,7 +101,7 @@ def test_a_tool_of_pipx_goes_back_to_the_old_release(pipx, wheel):
 # --- the source distribution ----------------------------------------------------------------------------------------
 
 
-def tests_of(root: Path) -> set[Path]:
+def files_below(root: Path) -> set[Path]:
     """The files that tests consist of, below the root of the project."""
     found = [path.relative_to(root) for folder in ("tests", "examples", "docs") for path in (root / folder).rglob("*")]
     return {path for path in found if (root / path).is_file() and not {"__pycache__", ".hypothesis"} & set(path.parts)}
@@ -124,14 +124,14 @@ def collected(root: Path, python: Path) -> list[str]:
 
 
 def test_the_sdist_has_every_test_and_all_that_tests_read(unpacked):
-    assert tests_of(unpacked) == tests_of(ROOT)
+    assert files_below(unpacked) == files_below(ROOT)
     found = collected(unpacked, unpacked / ".venv" / "bin" / "python")
     assert len(found) > 500
     assert found == collected(ROOT, Path(sys.executable))
     assert os.access(unpacked / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("subject", ["layouts", "packaging", "plugins", "quantized_tools"])
+@pytest.mark.parametrize("subject", ["layouts", "packaging", "quantized_tools"])
 def test_tests_of_the_sdist_pass_where_nothing_else_is(unpacked, subject):
     """A part of `make test`, which runs them all."""
     python = unpacked / ".venv" / "bin" / "python"
