@@ -30,7 +30,8 @@ LIMITS = {
     "test_benchmark_runs": "0.28.3",  # it looks for vocab_size outside text_config
     "test_gradients_pass_through_them": "0.28.2",  # no input_embeddings
     "test_lora_of_experts": "0.28.2",  # adapters of experts do not run
-    "test_serving": "0.29.1",  # no reasoning in a reply
+    "test_serving": "0.29.1",  # it leaves thoughts and calls in the answer
+    "test_arguments_of_a_template_come_with_a_request": "0.30.2",
     "test_lora_trains_on_a_packed_base_and_fuses": "0.28.3",  # adapters of experts do not run, then do not dequantize
     "test_nvfp4_experts_stay_packed": "0.31.3",  # the second scale is dropped
 }
