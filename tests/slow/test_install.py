@@ -234,14 +234,14 @@ def test_after_a_downgrade_the_older_version_serves_at_once_and_nothing_of_the_n
 
 
 def test_uv_tool_install_with_the_plugin_and_its_command(uv, wheel, tiny_questions):
-    uv("tool", "install", MLX_LM, "--with-executables-from", wheel)
+    uv("tool", "install", MLX_LM, "--with-executables-from", f"{NAME} @ {wheel.as_uri()}")
     assert answer(uv.home / "bin" / "mlx_lm.generate", question=tiny_questions[0]) == tiny_questions[0]["answer"]
     assert served_by(Interpreter(uv.home / "tools" / "mlx-lm" / "bin" / "python")) == OURS
     assert "qwen3_vl_moe" in run(uv.home / "bin" / NAME, "doctor", check=False).stdout
 
 
 def test_uv_tool_install_again_without_the_plugin_takes_it_and_its_command_away(uv, wheel):
-    uv("tool", "install", MLX_LM, "--with-executables-from", wheel)
+    uv("tool", "install", MLX_LM, "--with-executables-from", f"{NAME} @ {wheel.as_uri()}")
     assert (uv.home / "bin" / NAME).exists()
     uv("tool", "install", MLX_LM)
     assert served_by(Interpreter(uv.home / "tools" / "mlx-lm" / "bin" / "python")) == HOSTS

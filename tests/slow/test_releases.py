@@ -84,7 +84,7 @@ def test_both_side_by_side_load_what_the_other_converted_and_answer_alike(wheel,
 
 def test_a_tool_of_uv_goes_back_to_the_old_release(uv, wheel):
     for release in (wheel, OLD):
-        uv("tool", "install", MLX_LM, "--with-executables-from", release)
+        uv("tool", "install", MLX_LM, "--with-executables-from", f"{NAME} @ {release.as_uri()}")
         assert run(uv.home / "tools" / "mlx-lm" / "bin" / "python", "-c", VERSION).stdout.strip() == version(release)
         assert "qwen3_vl_moe" in run(uv.home / "bin" / NAME, "doctor", check=False).stdout
 
