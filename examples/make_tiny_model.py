@@ -1,15 +1,16 @@
 """Make the tiny Qwen3-VL-MoE checkpoint next to this file: train it, save it, and check every answer.
 
-It reads ``tiny_questions.json`` and writes ``tiny-qwen3-vl-moe/``: weights, configs, tokenizer and chat template, in
-the layout of the official BF16 release (fused experts, ``gate_up_proj [experts, hidden, 2 * intermediate]``). The
-language model is trained until it answers each question word for word under greedy decoding, also later in a chat and
-also after rounding to 4 bits. The vision tower is part of the file, but it is randomly initialized and never trained:
+It reads ``tiny_questions.json`` and ``tiny_dialogues.json`` and writes ``tiny-qwen3-vl-moe/``: weights, configs,
+tokenizer and chat template, in the layout of the official BF16 release (fused experts, ``gate_up_proj [experts, hidden,
+2 * intermediate]``). The language model is trained until it answers each question word for word under greedy decoding,
+also later in a chat and also after rounding to 4 bits, and gives each reply of the dialogues, with its tool calls and
+what it thinks. The vision tower is part of the file, but it is randomly initialized and never trained:
 it is there to be dropped.
 
 Made with Python 3.11, torch 2.13.0, transformers 4.57.6 and tokenizers 0.22.2 (transformers 5 saves another layout):
 
     pip install torch==2.13.0 transformers==4.57.6 tokenizers==0.22.2
-    python examples/make_tiny_model.py            # train, save and check: about ten minutes on two CPU cores
+    python examples/make_tiny_model.py            # train, save and check: up to half an hour on a CPU
     python examples/make_tiny_model.py --check    # check a folder that is there
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -33,6 +34,7 @@ from transformers import (
 
 HERE = Path(__file__).parent
 VOCAB_SIZE = 384
+PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -47,28 +49,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif part.type == 'video' or 'video' in part %}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- elif 'text' in part %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+CHAT_TEMPLATE = (HERE / "tiny-qwen3-vl-moe" / "chat_template.jinja").read_text()  # written by hand
 
 # The fields of the official config.json, no more and no fewer. Note where tie_word_embeddings is: at the top only.
 TOP_FIELDS = [
@@ -89,8 +70,8 @@ VISION_FIELDS = [
 ]  # fmt: skip
 
 
-def make_tokenizer(pairs):
-    """A byte-level BPE with Qwen's normalizer, pre-tokenizer and special tokens, trained on the questions."""
+def make_tokenizer(texts):
+    """A byte-level BPE with Qwen's normalizer, pre-tokenizer and added tokens, trained on these texts."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,14 +82,14 @@ def make_tokenizer(pairs):
     )
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    # The special tokens come after the merges, as in Qwen's vocabulary. All 256 bytes are in: any text can be encoded.
+    # The added tokens come after the merges, as in Qwen's vocabulary. All 256 bytes are in: any text can be encoded.
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(PLAIN_TOKENS + SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for pair in pairs for text in (pair["question"], pair["answer"])]
     bpe.train_from_iterator([*texts, "user assistant system", "The quick brown fox jumps over the lazy dog."], trainer)
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_TOKENS])
     bpe.add_special_tokens(SPECIAL_TOKENS)
     assert bpe.get_vocab_size() == VOCAB_SIZE
     return Qwen2TokenizerFast(
@@ -179,8 +160,23 @@ def encode(tokenizer, turns, sever=lambda: False):
     return ids, in_answer
 
 
+def replies(tokenizer, dialogue):
+    """A row as of `encode` for each reply in a dialogue: the prompt that the chat template makes, and the reply."""
+    messages = dialogue["messages"]
+    options = {"tools": dialogue["tools"], "thinking": dialogue["thinking"], "tokenize": False}
+    rows = []
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True, **options)
+            whole = tokenizer.apply_chat_template(messages[: n + 1], **options)
+            assert whole.startswith(prompt)
+            ids, reply = tokenizer.encode(prompt), tokenizer.encode(whole[len(prompt) :].removesuffix("\n"))
+            rows.append((ids + reply, [False] * len(ids) + [True] * len(reply)))
+    return rows
+
+
 def batch(rows, pad):
-    """Rows from `encode`, padded on the right: attention is causal, so that the padding needs no mask."""
+    """Rows from `encode` or `replies`, padded on the right: attention is causal, so that the padding needs no mask."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
     wanted = torch.tensor([mask + [False] * (length - len(mask)) for _, mask in rows])
@@ -227,7 +223,7 @@ class SwappedWeights:
             p.data = data
 
 
-def train(model, tokenizer, pairs, steps, turns, peak):
+def train(model, tokenizer, pairs, dialogues, steps, turns, peak):
     model.train()  # each expert computes its own tokens only
     model.model.visual.requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -241,6 +237,7 @@ def train(model, tokenizer, pairs, steps, turns, peak):
     rng = random.Random(0)
     start = time.time()
     deck = []
+    rows = [row for dialogue in dialogues for row in replies(tokenizer, dialogue)]
     for step in range(steps):
         rate = peak * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
@@ -252,6 +249,8 @@ def train(model, tokenizer, pairs, steps, turns, peak):
             deck += rng.sample(pairs, len(pairs))
         chats = [[deck.pop() for _ in range(length)] for _ in range(turns // length)]
         encoded = [encode(tokenizer, chat, lambda: rng.random() < 0.3) for chat in chats]
+        if step % 4 == 3:  # dialogues, in batches of their own as they are long
+            encoded = rng.sample(rows, 6)
         ids, wanted = batch(encoded, tokenizer.pad_token_id)
         # Once the answers are known, every other step is made with the weights on a 4-bit grid, so that the answers
         # do not hang on the digits that a conversion takes away.
@@ -289,18 +288,23 @@ def save(model, tokenizer, folder):
 
 
 @torch.no_grad()
-def margin(model, tokenizer, chats, sever=lambda: False):
-    """By how much the right token leads in the last answers of these chats, at the closest point.
+def margin(model, tokenizer, rows):
+    """By how much the right token leads in what these rows want, at the closest point.
 
     Greedy decoding gives every answer word for word exactly when this is above zero.
     """
-    ids, wanted = batch([encode(tokenizer, chat, sever) for chat in chats], tokenizer.pad_token_id)
-    for row, chat in enumerate(chats):  # the earlier answers are given
-        wanted[row, : len(encode(tokenizer, chat[:-1], sever)[0])] = False
+    ids, wanted = batch(rows, tokenizer.pad_token_id)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()[wanted[:, 1:]]
     right = ids[:, 1:][wanted[:, 1:], None]
     others = logits.scatter(1, right, -math.inf).amax(1)
     return (logits.gather(1, right)[:, 0] - others).min().item()
+
+
+def last_answer(tokenizer, chat, sever=lambda: False):
+    """A row of a chat in which the last answer alone is wanted: the earlier ones are given."""
+    ids, wanted = encode(tokenizer, chat, sever)
+    given = len(encode(tokenizer, chat[:-1], sever)[0])
+    return ids, [False] * given + wanted[given:]
 
 
 def expert_load(model, tokenizer, pairs):
@@ -317,8 +321,8 @@ def expert_load(model, tokenizer, pairs):
     return ", ".join(shares)
 
 
-def check(folder, pairs):
-    """Print for every question whether the saved model answers it; True if it always does."""
+def check(folder, pairs, dialogues):
+    """Print for every question and dialogue whether the saved model answers it; True if it always does."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     singles = [[[pair]] for pair in pairs]
@@ -328,23 +332,30 @@ def check(folder, pairs):
     lates = [[[*rng.choices(pairs, k=9), pair] for _ in range(4)] for pair in pairs]
 
     def margins(cases, **kwargs):
-        return [margin(model, tokenizer, chats, **kwargs) for chats in cases]
+        return [margin(model, tokenizer, [last_answer(tokenizer, chat, **kwargs) for chat in chats]) for chats in cases]
+
+    def dialogue_margins():
+        return [margin(model, tokenizer, replies(tokenizer, dialogue)) for dialogue in dialogues]
 
     columns = {"bf16 weights": margins(singles), "second turn": margins(seconds)}
+    spoken = {"bf16 weights": dialogue_margins()}
     columns["tenth turn, cached"] = margins(lates, sever=lambda: True)
     print("share of the tokens of an expert, layer by layer:", expert_load(model, tokenizer, pairs))
     with SwappedWeights(model, quantized):
         columns["4 bits"] = margins(singles)
         columns["4 bits, second turn"] = margins(seconds)
+        spoken["4 bits"] = dialogue_margins()
     model.to(torch.bfloat16)
     columns["bf16 arithmetic"] = margins(singles)
+    spoken["bf16 arithmetic"] = dialogue_margins()
     print("lead of the right token at the closest point, in logits:")
     print(" | ".join([*columns, "question"]))
     for row, pair in enumerate(pairs):
         cells = [f"{'OK' if c[row] > 0 else 'FAIL'} {c[row]:.2f}".rjust(len(name)) for name, c in columns.items()]
         print(" | ".join([*cells, pair["question"]]))
+    columns |= {f"dialogues, {name}": column for name, column in spoken.items()}
     for name, column in columns.items():
-        print(f"{name}: {sum(m > 0 for m in column)} of {len(pairs)}, closest {min(column):.2f}")
+        print(f"{name}: {sum(m > 0 for m in column)} of {len(column)}, closest {min(column):.2f}")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     print(f"{folder.name}: {sum(p.stat().st_size for p in files)} bytes")
     return all(m > 0 for column in columns.values() for m in column)
@@ -353,8 +364,9 @@ def check(folder, pairs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=Path, default=HERE / "tiny_questions.json")
+    parser.add_argument("--dialogues", type=Path, default=HERE / "tiny_dialogues.json")
     parser.add_argument("--output", type=Path, default=HERE / "tiny-qwen3-vl-moe")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--turns", type=int, default=24, help="questions in a batch, in chats of 2 to 12")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -362,16 +374,21 @@ def main():
     args = parser.parse_args()
 
     pairs = json.loads(args.questions.read_text())
-    torch.set_num_threads(2)
+    spoken = json.loads(args.dialogues.read_text())
+    dialogues = [each | {"tools": spoken["tools"] if each["tools"] else None} for each in spoken["dialogues"]]
+    torch.set_num_threads(1)  # so that sums do not depend on the number of cores
     if not args.check:
         if transformers.__version__.split(".")[0] != "4":
             parser.error("transformers 4.57.6 is needed: version 5 writes another layout")
         torch.manual_seed(args.seed)
-        tokenizer = make_tokenizer(pairs)
+        texts = [text for pair in pairs for text in (pair["question"], pair["answer"])]
+        messages = [message for dialogue in dialogues for message in dialogue["messages"]]
+        texts += [text for message in messages for text in (message.get("content"), message.get("reasoning_content"))]
+        tokenizer = make_tokenizer([*filter(None, texts), json.dumps(spoken["tools"])])
         model = Qwen3VLMoeForConditionalGeneration(make_config(tokenizer))
-        train(model, tokenizer, pairs, args.steps, args.turns, args.peak)
+        train(model, tokenizer, pairs, dialogues, args.steps, args.turns, args.peak)
         save(model, tokenizer, args.output)
-    if not check(args.output, pairs):
+    if not check(args.output, pairs, dialogues):
         raise SystemExit("some answers are wrong")
 
 

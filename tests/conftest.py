@@ -38,11 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Progress(config))
 
 
-def run(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
+def run(*command: object, check: bool = True, timeout: float = LIMIT, **options) -> subprocess.CompletedProcess:
     """Run a command to its end, with both outputs captured; a failure shows them."""
     environment = CLEAN | options.pop("env", {})
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=LIMIT, **options
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=timeout, **options
     )
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
@@ -144,6 +144,19 @@ def error_in_the_unchanged_host():
     yield error
     process.stdin.close()
     assert process.wait(LIMIT) == 0
+
+
+def thinking_model(path: Path) -> Path:
+    """The tiny model as a Thinking checkpoint: its chat template begins every answer with a thought."""
+    path.mkdir(parents=True)
+    for file in TINY.iterdir():
+        (path / file.name).symlink_to(file)
+    template = path / "chat_template.jinja"
+    text = template.read_text()
+    template.unlink()
+    assert text.count("default(false)") == 1
+    template.write_text(text.replace("default(false)", "default(true)"))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ import mlx
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import CLEAN, LIMIT, ROOT, TINY, run, thorough
+from conftest import CLEAN, LIMIT, ROOT, TINY, run, thinking_model, thorough
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
@@ -31,7 +31,7 @@ import mlx_lm_qwen3vlmoe.backend
 from mlx_lm_qwen3vlmoe import quantization
 
 BIN = Path(sys.executable).parent
-DOCUMENTS = {file.name: file for file in (ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))}
+DOCUMENTS = {file.name: file for folder in (ROOT, ROOT / "docs") for file in sorted(folder.glob("*.md"))}
 QUESTION = "What is this package?"
 
 # What is not run from here, and why: the beginning of a command → who does it.
@@ -40,12 +40,18 @@ LISTED = {
     "uv ": "tests/slow/test_install.py",
     "pipx ": "tests/slow/test_install.py",
     "make ": ".ci/run",
+    "REPOSITORY=": "tests/test_packaging.py",
+    "pypi-attestations ": ".github/workflows/release.yml",  # which publishes what this asks PyPI for
+    "python -m venv ": "tests/slow/test_releases.py",
+    "python make_tiny.py": "tests/test_plugins.py",
+    "mlx_lm.generate --model tiny-random": "tests/test_plugins.py",
+    "mlx_lm.convert --hf-path tiny-random": "tests/test_plugins.py",
     ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
     "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     'python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
     'MLX_LM_PLUGINS=0 python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
 }
-PYTHON_LISTED = {"plugins.md": "tests/test_plugins.py"}
+PYTHON_LISTED = {"plugins.md": "tests/test_plugins.py", "serving.md": "tests/test_serving.py"}
 SLOW = {  # documents, and the beginnings of their commands that slow/test_docs_slow.py runs
     "commands.md": ("mlx_lm.",),
     "distributed.md": ("mlx.launch ", "launch"),
@@ -117,6 +123,7 @@ def folder_for(path: Path, questions: list[dict[str, str]]) -> Path:
     for name in ("model", "MODEL", "Qwen/Qwen3-VL-30B-A3B-Instruct", "mlx-community/Qwen3-VL-30B-A3B-Instruct-4bit"):
         (path / name).symlink_to(TINY)
     (path / "peft-adapter").symlink_to(ROOT / "tests" / "adapters" / "fixtures" / "tiny_answer")
+    thinking_model(path / "Qwen" / "Qwen3-VL-30B-A3B-Thinking")
     for name in ("data", "my-data"):
         (path / name).mkdir()
         chats = [
@@ -174,7 +181,8 @@ def ask(port: int, still_runs: Callable[[], bool], seconds: float = LIMIT) -> st
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=seconds) as reply:
-        return json.load(reply)["choices"][0]["message"]["content"]
+        message = json.load(reply)["choices"][0]["message"]
+    return message.get("content") or message["reasoning"]
 
 
 def asked_server(command: str, folder: Path) -> str:

@@ -191,6 +191,18 @@ def test_the_docs_show_the_files_of_the_example(file):
     assert documented(after=f"`{file}`") == (EXAMPLE / file).read_text()
 
 
+def test_the_recipe_of_the_docs_makes_a_checkpoint_that_commands_run_on(both, tmp_path):
+    recipe = documented(after="## A tiny random checkpoint")
+    (tmp_path / "make_tiny.py").write_text(recipe)
+    commands = documented(after=recipe)
+    for name in ("generate", "convert"):  # this environment has no commands of mlx-lm's
+        commands = commands.replace(f"mlx_lm.{name}", f"python -m mlx_lm {name}")
+    shown = run("bash", "-ec", commands, cwd=tmp_path, env={"PATH": f"{both.bin}:/usr/bin:/bin"}).stdout
+    assert len(re.findall(r"Generation: \d tokens", shown)) == 2
+    config = json.loads((tmp_path / "tiny-random-4bit" / "config.json").read_text())
+    assert (config["model_type"], config["quantization"]["bits"]) == ("example_llama", 4)
+
+
 @pytest.mark.thorough
 def test_a_host_can_read_the_group_with_the_snippet_of_the_docs(both):
     code = documented(after="Read the group in a host") + (

@@ -26,7 +26,8 @@ def run(group: mx.distributed.Group, path: Path, mode: str, golden: str | None, 
         model, _ = sharded_load(path, **{f"{mode}_group": group})
     except CheckpointError as error:
         return {"refusal": str(error), "evaluated": mx.get_peak_memory() - before}
-    expected = mx.load(golden) if golden else {"ids": mx.arange(3, 43).reshape(2, 20)}
+    # Tokens for which no router of the tiny model is so undecided that rounding to 16 bits picks another expert.
+    expected = mx.load(golden) if golden else {"ids": mx.arange(36, 76).reshape(2, 20)}
     ids = expected["ids"]
     if golden is None:
         whole, _ = load_model(path, lazy=True)

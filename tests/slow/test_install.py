@@ -96,7 +96,7 @@ def newer(tmp_path_factory) -> Path:
     tree.mkdir()
     for name in ("mlx_lm_qwen3vlmoe", "startup"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tree)
     package = tree / "mlx_lm_qwen3vlmoe"
     edit(package / "__init__.py", r'(?m)^__version__ = ".*"$', '__version__ = "99.0"')
@@ -233,16 +233,19 @@ def test_after_a_downgrade_the_older_version_serves_at_once_and_nothing_of_the_n
 # --- environments of tools ------------------------------------------------------------------------------------------
 
 
-def test_uv_tool_install_with_the_plugin(uv, wheel, tiny_questions):
-    uv("tool", "install", MLX_LM, "--with", wheel)
+def test_uv_tool_install_with_the_plugin_and_its_command(uv, wheel, tiny_questions):
+    uv("tool", "install", MLX_LM, "--with-executables-from", f"{NAME} @ {wheel.as_uri()}")
     assert answer(uv.home / "bin" / "mlx_lm.generate", question=tiny_questions[0]) == tiny_questions[0]["answer"]
     assert served_by(Interpreter(uv.home / "tools" / "mlx-lm" / "bin" / "python")) == OURS
+    assert "qwen3_vl_moe" in run(uv.home / "bin" / NAME, "doctor", check=False).stdout
 
 
-def test_uv_tool_install_again_without_the_plugin_takes_it_away(uv, wheel):
-    uv("tool", "install", MLX_LM, "--with", wheel)
+def test_uv_tool_install_again_without_the_plugin_takes_it_and_its_command_away(uv, wheel):
+    uv("tool", "install", MLX_LM, "--with-executables-from", f"{NAME} @ {wheel.as_uri()}")
+    assert (uv.home / "bin" / NAME).exists()
     uv("tool", "install", MLX_LM)
     assert served_by(Interpreter(uv.home / "tools" / "mlx-lm" / "bin" / "python")) == HOSTS
+    assert not (uv.home / "bin" / NAME).exists()
 
 
 def test_uvx_with_the_plugin(uv, wheel, tiny_questions):
@@ -261,15 +264,17 @@ def test_uv_run_with_the_plugin(uv, wheel):
     assert done.stdout.split()[0] == OURS
 
 
-def test_pipx_inject_brings_the_plugin_and_uninject_takes_it_away(pipx, wheel, tiny_questions):
+def test_pipx_inject_brings_the_plugin_and_its_command_and_uninject_takes_them_away(pipx, wheel, tiny_questions):
     pipx("install", MLX_LM)
     environment = Interpreter(pipx.home / "home" / "venvs" / "mlx-lm" / "bin" / "python")
     assert served_by(environment) == HOSTS
-    pipx("inject", "mlx-lm", wheel)
+    pipx("inject", "--include-apps", "mlx-lm", wheel)
+    assert "qwen3_vl_moe" in run(pipx.home / "bin" / NAME, "doctor", check=False).stdout
     assert answer(pipx.home / "bin" / "mlx_lm.generate", question=tiny_questions[0]) == tiny_questions[0]["answer"]
     assert served_by(environment) == OURS
     pipx("uninject", "mlx-lm", NAME)
     assert served_by(environment) == HOSTS
+    assert not (pipx.home / "bin" / NAME).exists()
 
 
 # --- a virtual environment with system site-packages ----------------------------------------------------------------
