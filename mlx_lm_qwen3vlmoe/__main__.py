@@ -1,4 +1,4 @@
-"""The command line: ``mlx-lm-qwen3vlmoe run | inspect | doctor``."""
+"""The command line: ``mlx-lm-qwen3vlmoe run | inspect | restore | doctor``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     inspect.add_argument("--device", choices=("cpu", "gpu"), help="plan for this device (default: MLX's choice here)")
     inspect.add_argument("--json", action="store_true", help="print one JSON object, with sizes in bytes")
 
+    restore = commands.add_parser("restore", help="put tuned text back into the checkpoint that it came from")
+    restore.add_argument("tuned", help="a folder that mlx_lm.fuse or mlx_lm.convert wrote")
+    restore.add_argument("--original", required=True, help="the unquantized original: a folder, or a name on the hub")
+    restore.add_argument("--save-path", required=True, help="a new folder, for all files of the original")
+
     parsed = parser.parse_args(arguments)
     if parsed.command == "run":
         from .registry import install
@@ -46,6 +51,17 @@ def main(arguments: list[str] | None = None) -> None:
         report = diagnosis.diagnose()
         print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report))
         sys.exit(report["remedy"] is not None)
+    elif parsed.command == "restore":
+        from . import restoring
+        from .errors import CheckpointError
+
+        try:
+            counts = restoring.restore(parsed.tuned, parsed.original, parsed.save_path)
+        except (CheckpointError, OSError) as e:
+            parser.exit(1, f"{e}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, "Stopped: nothing is left of it.\n")
+        print(f"{parsed.save_path}: {counts['text']} tensors of the tuned text, {counts['others']} of the original")
     else:
         from . import inspection
         from .errors import CheckpointError

@@ -44,6 +44,7 @@ _REQUIRED = (  # sizes without a default that every writer shares
     "num_experts_per_tok",
     "vocab_size",
 )
+SIZES = (*(field for field in _REQUIRED if field != "num_experts_per_tok"), "head_dim")  # of tensors
 _DEFAULTS = {  # the same in transformers 4.57 and 5
     "model_type": "qwen3_vl_moe_text",
     "attention_bias": False,

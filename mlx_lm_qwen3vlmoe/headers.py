@@ -6,8 +6,10 @@ A safetensors file begins with eight bytes, little-endian: the length of the JSO
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,9 @@ def hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
     """The small files of a repository, and the headers of its large ones, by range requests."""
     from huggingface_hub import get_safetensors_metadata, snapshot_download
 
-    try:
+    with _reaching(repository):
         folder = Path(snapshot_download(repository, allow_patterns=["config.json", "hf_quant_config.json"]))
         files = get_safetensors_metadata(repository).files_metadata
-    except Exception as e:  # its own kinds, by version, and those of its transport
-        reason = str(e).partition("\n")[0]
-        raise CheckpointError(
-            f"{repository}: expected a folder or a reachable repository, found {type(e).__name__}: {reason}"
-        ) from e
     return folder, {
         name: {
             tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
@@ -65,6 +62,25 @@ def hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
         }
         for name, file in files.items()
     }
+
+
+def hub_folder(repository: str) -> Path:
+    """All files of a repository, which are downloaded unless the cache has them."""
+    from huggingface_hub import snapshot_download
+
+    with _reaching(repository):
+        return Path(snapshot_download(repository))
+
+
+@contextlib.contextmanager
+def _reaching(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # of huggingface_hub by its version, and of its transport
+        reason = str(e).partition("\n")[0]
+        raise CheckpointError(
+            f"{repository}: expected a folder or a reachable repository, found {type(e).__name__}: {reason}"
+        ) from e
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def inspect(
         try:
             report["quantization"] = _quantization(config)
             with _noting(notes if bits is None else []):
-                model, config = _hollow_model(folder, headers)
+                model, config = hollow_model(folder, headers)
             report |= _plan(model if bits is None else planning.quantized(model, config, bits), ranks, context, notes)
         # of the package, or of the host where it stops first
         except (ValueError, KeyError, TypeError, RuntimeError) as e:
@@ -70,7 +70,7 @@ def inspect(
     return report
 
 
-def _hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[str, Any]]:
+def hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[str, Any]]:
     """The model and its config as the host's own loader has them, of arrays that have no data."""
     with tempfile.TemporaryDirectory() as hollow:
         write_hollow(folder, headers, Path(hollow))

@@ -1,0 +1,296 @@
+"""The way back: the checkpoint that a tuned text model came from, with the tuned text in it.
+
+Each file of the original is copied, but for the bytes of its text tensors: these are made of the tuned model's, by the
+inverse of `sanitize`, rows at a time. Names, shapes, dtypes, shards and vision tensors are those of the original by
+construction, and no more than some rows of a layer is in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from . import quantization
+from .backend import planned
+from .config import SIZES
+from .description import take_quantization
+from .errors import CheckpointError
+from .headers import hub_folder, local_headers, read_config
+from .inspection import hollow_model
+from .names import EMBEDDINGS, HEAD, host_name, shortened
+from .quantization import Parameters
+from .sanitize import by_layer, rename, unsanitize
+from .stacking import Part
+from .stored import FLOATS, Stored, copy, steps, stored
+from .writing import whole
+
+logger = logging.getLogger(__name__)
+
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+_MEANING = ("rope_theta", "rope_scaling", "rms_norm_eps", "num_experts_per_tok")  # of the same tensors
+_ADAPTERS = ("adapters.safetensors", "adapter_config.json", "adapter_model.safetensors")
+_OFFICIAL = re.compile(r"Qwen3-VL-\d+B-A\d+B-(?:Instruct|Thinking)")
+
+
+def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
+    """Write the original with the text of the tuned model.
+
+    Args:
+        tuned: a folder that ``mlx_lm.fuse`` or ``mlx_lm.convert`` wrote.
+        original: the unquantized checkpoint that it came from: a folder, or a repository on the hub.
+        save_path: a folder that is not there, or empty.
+
+    Returns:
+        How many tensors are ``text`` of the tuned model, and how many ``others`` the original's.
+
+    Raises:
+        CheckpointError: the two do not fit, or one of them is not what is expected of it. Nothing is written then.
+    """
+    if not Path(tuned).is_dir():
+        raise CheckpointError(f"{tuned}: expected a folder that mlx_lm.fuse or mlx_lm.convert wrote, found none.")
+    folder = Path(original) if Path(original).is_dir() else hub_folder(original)
+    _check_places(Path(tuned), folder, Path(save_path))
+    text, target = Text(Path(tuned)), Original(folder, original)
+    _compare(text, target)
+    if HEAD in text.layers and not any(HEAD in part.layers for part in target.parts.values()):
+        text.check_tied()
+    _give_notices(text, target)
+    others = target.others()
+    size = sum(path.stat().st_size for path in (*target.files, *others))
+    with whole(Path(save_path), size) as out, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for file in target.files:
+            for done in _write(file, out / file.name, target, text):
+                bar.update(done)
+        for file in sorted(others, key=lambda path: path.name == "config.json"):  # without it, nothing loads
+            path = out / file.relative_to(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as source, path.open("wb") as copied:
+                for done in copy(source, copied, file.stat().st_size):
+                    bar.update(done)
+                _sync(copied)
+    return {"text": len(target.parts), "others": len(target.tensors) - len(target.parts)}
+
+
+def _check_places(tuned: Path, original: Path, out: Path) -> None:
+    if tuned.resolve() == original.resolve():
+        raise CheckpointError(f"{tuned}: expected a tuned model and its original, found one folder for both.")
+    for folder in (tuned.resolve(), original.resolve()):
+        if folder == out.resolve() or folder in out.resolve().parents:
+            raise CheckpointError(f"{out}: expected a folder outside of {folder}. Choose another --save-path.")
+
+
+class Checkpoint:
+    """A checkpoint that loads, in files.
+
+    Attributes:
+        tensors: by their names in the files.
+        model: of arrays that have no data.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = read_config(folder)
+        headers = local_headers(folder, [])
+        self.files = [folder / name for name in headers]
+        self.tensors = stored(folder, headers)
+        with planned():
+            try:
+                self.model, _ = hollow_model(folder, headers)
+            except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host
+                raise CheckpointError(f"{folder}: expected a checkpoint that loads, found {e}") from e
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        return self.model.args.text_config
+
+
+class Text(Checkpoint):
+    """The text of a tuned model.
+
+    Attributes:
+        layers: path of the host's → what the layer consists of.
+        packed: path → how MLX packed it.
+    """
+
+    def __init__(self, folder: Path):
+        if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
+            raise _not_fused(folder / adapters[0])
+        super().__init__(folder)
+        if take_quantization(self.config) is not None:
+            raise _not_by_mlx(folder, "quantization_config of another tool")
+        self.layers = by_layer(rename(self.tensors))
+        if fused := next((path for path in self.layers if ".mlp.experts" in path), None):
+            raise _not_by_mlx(folder, fused)
+        self.packed: dict[str, Parameters] = {
+            path: {name: getattr(module, name) for name in ("group_size", "bits", "mode") if hasattr(module, name)}
+            for path, module in self.model.named_modules()
+            if "scales" in self.layers.get(path, ())
+        }
+
+    def rows(self, path: str, first: int, last: int) -> mx.array:
+        """Rows of a layer's weight, ``[last - first, …]``; what is packed, in float32."""
+        tensors = {suffix: tensor.rows(first, last) for suffix, tensor in self.layers[path].items()}
+        if path in self.packed:
+            return quantization.dequantize(tensors, self.packed[path], mx.float32)
+        return tensors["weight"]
+
+    def check_tied(self) -> None:
+        """The head is the embeddings, as the original has no place for another."""
+        weight = self.layers[EMBEDDINGS]["weight"]
+        for first, last in steps(weight.shape[0], weight.end - weight.begin):
+            head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
+            if not mx.array_equal(head, embeddings, equal_nan=True).item():
+                raise CheckpointError(
+                    f"{HEAD}.weight: expected the embeddings, as the original is tied and has no head of its own, "
+                    f"found others in rows {first} to {last - 1}. Tune neither of them (adapters leave both alone)."
+                )
+
+
+class Original(Checkpoint):
+    """The checkpoint that a tuned model came from.
+
+    Attributes:
+        parts: of which of the host's tensors each text tensor is made.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        config = read_config(folder)
+        if take_quantization(config) is not None or config.get("quantization"):
+            raise _quantized(name, "quantization_config in config.json")
+        super().__init__(folder)
+        self.parts = unsanitize(self.tensors, self.model.args)
+        for tensor in self.parts:
+            if (dtype := self.tensors[tensor].dtype) not in FLOATS:
+                raise _quantized(name, f"{shortened(tensor)} in {dtype}")
+
+    def others(self) -> list[Path]:
+        """All other files: config, processor, tokenizer, chat template, index. Not what tools hide (.git, .cache)."""
+        found = []
+        for where, folders, names in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [path for name in names if (path := Path(where, name)) not in self.files]
+        for path in found:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: expected a file, found none. Is the download complete?")
+        return sorted(found)
+
+
+def _compare(text: Text, target: Original) -> None:
+    """The two are of one shape."""
+    for field in SIZES:
+        wanted, found = (each.text_config[field] for each in (target, text))
+        if found != wanted:
+            raise CheckpointError(
+                f"{text.folder}: {field}: expected {wanted}, as in the original, found {found}. Take the original that "
+                "this model was tuned from; one that has changed its sizes cannot go back."
+            )
+    needed = {path for part in target.parts.values() for path in part.layers}
+    for path in sorted(needed ^ text.layers.keys()):
+        if path != HEAD:
+            one, other = (text.folder, target.folder) if path in text.layers else (target.folder, text.folder)
+            raise CheckpointError(
+                f"{path}: expected in both or in none, found in {one} and not in {other}. Take the original that this "
+                "model was tuned from."
+            )
+
+
+def _give_notices(text: Text, target: Original) -> None:
+    """What the user may not expect."""
+    if text.packed:
+        logger.warning(
+            "%s is quantized: %d of its layers are dequantized, and keep the precision that they have. For all of it, "
+            "fuse the adapters into the unquantized model (mlx_lm.fuse --model %s --adapter-path …), and restore that.",
+            text.folder,
+            len(text.packed),
+            target.folder,
+        )
+    dtypes = {
+        (text.layers[path]["weight"].dtype, target.tensors[name].dtype)
+        for name, part in target.parts.items()
+        for path in part.layers
+        if path not in text.packed
+    }
+    for new, old in sorted(pair for pair in dtypes if pair[0] not in ("F32", pair[1])):
+        logger.warning(
+            "Tensors in %s come back in the original's %s, as they were rounded when they were converted or fused. "
+            "mlx_lm.convert --dtype keeps a dtype.",
+            new,
+            old,
+        )
+    changed = [field for field in _MEANING if text.text_config[field] != target.text_config[field]]
+    if changed:
+        logger.warning(
+            "config.json stays the original's, though the tuned model has another %s.", ", ".join(sorted(changed))
+        )
+    if any(host_name(name) is None for name in text.tensors):
+        logger.warning("What %s has beside text is left out: the original's vision tensors stay.", text.folder)
+    if len(target.parts) == len(target.tensors):
+        logger.warning("%s has no vision tensors, and so the restored checkpoint has none.", target.folder)
+
+
+def _write(file: Path, path: Path, target: Original, text: Text) -> Iterator[int]:
+    """Write a file of the original with the tuned text in it; yields the bytes written at a time."""
+    with file.open("rb") as source, path.open("wb") as new:
+        for name, tensor in sorted(target.tensors.items(), key=lambda item: item[1].begin):
+            if tensor.file != file or name not in target.parts:
+                continue
+            yield from copy(source, new, tensor.begin - source.tell())
+            for piece in _pieces(name, tensor, target.parts[name], text):
+                new.write(memoryview(piece))  # type: ignore[arg-type]
+                yield piece.nbytes
+            if new.tell() != tensor.end:
+                raise RuntimeError(f"{name}: {new.tell() - tensor.begin} bytes for {tensor.end - tensor.begin}")
+            source.seek(tensor.end)
+        yield from copy(source, new, file.stat().st_size - source.tell())
+        _sync(new)
+
+
+def _pieces(name: str, old: Stored, part: Part, text: Text) -> Iterator[mx.array]:
+    """A stored tensor made of the tuned text, some rows at a time, as the bits that the file gets."""
+    bits = _BITS[old.mlx_dtype.size]
+    spans = steps(old.shape[0], old.end - old.begin) if part.row is None else [(part.row, part.row + 1)]
+    for first, last in spans:
+        weights = [text.rows(path, first, last).astype(old.mlx_dtype) for path in part.layers]
+        piece = mx.contiguous(part.form(*(weight.view(bits) for weight in weights)))
+        mx.eval(piece)
+        if not all(mx.isfinite(weight).all().item() for weight in weights):
+            before = old.rows(first, last) if part.row is None else old.rows(0, old.shape[0])
+            if not mx.array_equal(before.view(bits).flatten(), piece.flatten()).item():
+                raise CheckpointError(
+                    f"{shortened(name)}: expected finite numbers in {old.dtype}, found others in {part.layers[0]} of "
+                    f"{text.folder}. Did the training diverge?"
+                )
+        yield piece
+
+
+def _sync(file: Any) -> None:
+    """Have the disk keep what is written, so that a name never stands for less."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _not_fused(what: object) -> CheckpointError:
+    return CheckpointError(
+        f"{what}: expected a model without adapters, found some that are not fused. Run mlx_lm.fuse first."
+    )
+
+
+def _not_by_mlx(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: expected a model that mlx_lm.fuse or mlx_lm.convert wrote, found {what}. Is it the original?"
+    )
+
+
+def _quantized(name: str, what: str) -> CheckpointError:
+    official = _OFFICIAL.search(name)
+    return CheckpointError(
+        f"{name}: expected an unquantized original, found {what}. Take the one that this was made from"
+        + (f": Qwen/{official[0]}." if official else ".")
+    )
