@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,18 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import quantization
-from .backend import planned
+from .checkpoint import Original, Tuned
 from .config import SIZES
-from .description import take_quantization
 from .errors import CheckpointError
-from .headers import hub_folder, local_headers, read_config
-from .inspection import hollow_model
-from .names import EMBEDDINGS, HEAD, host_name, shortened
-from .quantization import Parameters
-from .sanitize import by_layer, rename, unsanitize
+from .headers import hub_folder
+from .names import HEAD, host_name, shortened
 from .stacking import Part
-from .stored import FLOATS, Stored, copy, steps, stored
+from .stored import Stored, all_finite, copy, steps
 from .writing import whole
 
 logger = logging.getLogger(__name__)
 
-_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 _MEANING = ("rope_theta", "rope_scaling", "rms_norm_eps", "num_experts_per_tok")  # of the same tensors
-_ADAPTERS = ("adapters.safetensors", "adapter_config.json", "adapter_model.safetensors")
-_OFFICIAL = re.compile(r"Qwen3-VL-\d+B-A\d+B-(?:Instruct|Thinking)")
 
 
 def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
@@ -57,10 +48,8 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
         raise CheckpointError(f"{tuned}: expected a folder that mlx_lm.fuse or mlx_lm.convert wrote, found none.")
     folder = Path(original) if Path(original).is_dir() else hub_folder(original)
     _check_places(Path(tuned), folder, Path(save_path))
-    text, target = Text(Path(tuned)), Original(folder, original)
+    text, target = Tuned(Path(tuned)), Original(folder, original)
     _compare(text, target)
-    if HEAD in text.layers and not any(HEAD in part.layers for part in target.parts.values()):
-        text.check_tied()
     _give_notices(text, target)
     others = target.others()
     size = sum(path.stat().st_size for path in (*target.files, *others))
@@ -86,103 +75,7 @@ def _check_places(tuned: Path, original: Path, out: Path) -> None:
             raise CheckpointError(f"{out}: expected a folder outside of {folder}. Choose another --save-path.")
 
 
-class Checkpoint:
-    """A checkpoint that loads, in files.
-
-    Attributes:
-        tensors: by their names in the files.
-        model: of arrays that have no data.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.config = read_config(folder)
-        headers = local_headers(folder, [])
-        self.files = [folder / name for name in headers]
-        self.tensors = stored(folder, headers)
-        with planned():
-            try:
-                self.model, _ = hollow_model(folder, headers)
-            except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host
-                raise CheckpointError(f"{folder}: expected a checkpoint that loads, found {e}") from e
-
-    @property
-    def text_config(self) -> dict[str, Any]:
-        return self.model.args.text_config
-
-
-class Text(Checkpoint):
-    """The text of a tuned model.
-
-    Attributes:
-        layers: path of the host's → what the layer consists of.
-        packed: path → how MLX packed it.
-    """
-
-    def __init__(self, folder: Path):
-        if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
-            raise _not_fused(folder / adapters[0])
-        super().__init__(folder)
-        if take_quantization(self.config) is not None:
-            raise _not_by_mlx(folder, "quantization_config of another tool")
-        self.layers = by_layer(rename(self.tensors))
-        if fused := next((path for path in self.layers if ".mlp.experts" in path), None):
-            raise _not_by_mlx(folder, fused)
-        self.packed: dict[str, Parameters] = {
-            path: {name: getattr(module, name) for name in ("group_size", "bits", "mode") if hasattr(module, name)}
-            for path, module in self.model.named_modules()
-            if "scales" in self.layers.get(path, ())
-        }
-
-    def rows(self, path: str, first: int, last: int) -> mx.array:
-        """Rows of a layer's weight, ``[last - first, …]``; what is packed, in float32."""
-        tensors = {suffix: tensor.rows(first, last) for suffix, tensor in self.layers[path].items()}
-        if path in self.packed:
-            return quantization.dequantize(tensors, self.packed[path], mx.float32)
-        return tensors["weight"]
-
-    def check_tied(self) -> None:
-        """The head is the embeddings, as the original has no place for another."""
-        weight = self.layers[EMBEDDINGS]["weight"]
-        for first, last in steps(weight.shape[0], weight.end - weight.begin):
-            head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
-            if not mx.array_equal(head, embeddings, equal_nan=True).item():
-                raise CheckpointError(
-                    f"{HEAD}.weight: expected the embeddings, as the original is tied and has no head of its own, "
-                    f"found others in rows {first} to {last - 1}. Tune neither of them (adapters leave both alone)."
-                )
-
-
-class Original(Checkpoint):
-    """The checkpoint that a tuned model came from.
-
-    Attributes:
-        parts: of which of the host's tensors each text tensor is made.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        config = read_config(folder)
-        if take_quantization(config) is not None or config.get("quantization"):
-            raise _quantized(name, "quantization_config in config.json")
-        super().__init__(folder)
-        self.parts = unsanitize(self.tensors, self.model.args)
-        for tensor in self.parts:
-            if (dtype := self.tensors[tensor].dtype) not in FLOATS:
-                raise _quantized(name, f"{shortened(tensor)} in {dtype}")
-
-    def others(self) -> list[Path]:
-        """All other files: config, processor, tokenizer, chat template, index. Not what tools hide (.git, .cache)."""
-        found = []
-        for where, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [path for name in names if (path := Path(where, name)) not in self.files]
-        for path in found:
-            if not path.is_file():
-                raise CheckpointError(f"{path}: expected a file, found none. Is the download complete?")
-        return sorted(found)
-
-
-def _compare(text: Text, target: Original) -> None:
+def _compare(text: Tuned, target: Original) -> None:
     """The two are of one shape."""
     for field in SIZES:
         wanted, found = (each.text_config[field] for each in (target, text))
@@ -192,16 +85,18 @@ def _compare(text: Text, target: Original) -> None:
                 "this model was tuned from; one that has changed its sizes cannot go back."
             )
     needed = {path for part in target.parts.values() for path in part.layers}
+    if HEAD in text.layers and HEAD not in needed:
+        text.check_tied()
+        needed.add(HEAD)
     for path in sorted(needed ^ text.layers.keys()):
-        if path != HEAD:
-            one, other = (text.folder, target.folder) if path in text.layers else (target.folder, text.folder)
-            raise CheckpointError(
-                f"{path}: expected in both or in none, found in {one} and not in {other}. Take the original that this "
-                "model was tuned from."
-            )
+        one, other = (text.folder, target.folder) if path in text.layers else (target.folder, text.folder)
+        raise CheckpointError(
+            f"{path}: expected in both or in none, found in {one} and not in {other}. Take the original that this "
+            "model was tuned from."
+        )
 
 
-def _give_notices(text: Text, target: Original) -> None:
+def _give_notices(text: Tuned, target: Original) -> None:
     """What the user may not expect."""
     if text.packed:
         logger.warning(
@@ -235,7 +130,7 @@ def _give_notices(text: Text, target: Original) -> None:
         logger.warning("%s has no vision tensors, and so the restored checkpoint has none.", target.folder)
 
 
-def _write(file: Path, path: Path, target: Original, text: Text) -> Iterator[int]:
+def _write(file: Path, path: Path, target: Original, text: Tuned) -> Iterator[int]:
     """Write a file of the original with the tuned text in it; yields the bytes written at a time."""
     with file.open("rb") as source, path.open("wb") as new:
         for name, tensor in sorted(target.tensors.items(), key=lambda item: item[1].begin):
@@ -245,24 +140,21 @@ def _write(file: Path, path: Path, target: Original, text: Text) -> Iterator[int
             for piece in _pieces(name, tensor, target.parts[name], text):
                 new.write(memoryview(piece))  # type: ignore[arg-type]
                 yield piece.nbytes
-            if new.tell() != tensor.end:
-                raise RuntimeError(f"{name}: {new.tell() - tensor.begin} bytes for {tensor.end - tensor.begin}")
             source.seek(tensor.end)
         yield from copy(source, new, file.stat().st_size - source.tell())
         _sync(new)
 
 
-def _pieces(name: str, old: Stored, part: Part, text: Text) -> Iterator[mx.array]:
+def _pieces(name: str, old: Stored, part: Part, text: Tuned) -> Iterator[mx.array]:
     """A stored tensor made of the tuned text, some rows at a time, as the bits that the file gets."""
-    bits = _BITS[old.mlx_dtype.size]
     spans = steps(old.shape[0], old.end - old.begin) if part.row is None else [(part.row, part.row + 1)]
     for first, last in spans:
         weights = [text.rows(path, first, last).astype(old.mlx_dtype) for path in part.layers]
-        piece = mx.contiguous(part.form(*(weight.view(bits) for weight in weights)))
-        mx.eval(piece)
-        if not all(mx.isfinite(weight).all().item() for weight in weights):
+        piece = mx.contiguous(part.form(*(weight.view(old.bits) for weight in weights)))
+        # As they are moved only, and never computed with, what is not tuned stays, whatever it is.
+        if not all_finite(piece, old.dtype):
             before = old.rows(first, last) if part.row is None else old.rows(0, old.shape[0])
-            if not mx.array_equal(before.view(bits).flatten(), piece.flatten()).item():
+            if not mx.array_equal(before.view(old.bits).flatten(), piece.flatten()).item():
                 raise CheckpointError(
                     f"{shortened(name)}: expected finite numbers in {old.dtype}, found others in {part.layers[0]} of "
                     f"{text.folder}. Did the training diverge?"
@@ -274,23 +166,3 @@ def _sync(file: Any) -> None:
     """Have the disk keep what is written, so that a name never stands for less."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def _not_fused(what: object) -> CheckpointError:
-    return CheckpointError(
-        f"{what}: expected a model without adapters, found some that are not fused. Run mlx_lm.fuse first."
-    )
-
-
-def _not_by_mlx(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: expected a model that mlx_lm.fuse or mlx_lm.convert wrote, found {what}. Is it the original?"
-    )
-
-
-def _quantized(name: str, what: str) -> CheckpointError:
-    official = _OFFICIAL.search(name)
-    return CheckpointError(
-        f"{name}: expected an unquantized original, found {what}. Take the one that this was made from"
-        + (f": Qwen/{official[0]}." if official else ".")
-    )

