@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .config import MODEL_TYPES
 from .errors import CheckpointError
 
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
@@ -90,8 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
     except (OSError, ValueError, TypeError) as e:
         raise CheckpointError(f"{folder}: expected config.json, found {e}. Take it from the original model.") from e
-    if (found := config.get("model_type") if isinstance(config, dict) else config) != "qwen3_vl_moe":
-        raise CheckpointError(f"{folder}: model_type: expected 'qwen3_vl_moe', found {found!r}.")
+    if (found := config.get("model_type") if isinstance(config, dict) else config) not in MODEL_TYPES:
+        raise CheckpointError(f"{folder}: model_type: expected {' or '.join(map(repr, MODEL_TYPES))}, found {found!r}.")
     return config
 
 

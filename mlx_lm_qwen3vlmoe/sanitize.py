@@ -155,11 +155,13 @@ def with_head(decoded: dict[str, Decoded], tied: bool | None, complete: bool = T
     if tied:
         return decoded | {HEAD: decoded[EMBEDDINGS]}
     if complete:
-        flag = "no tie_word_embeddings" if tied is None else "tie_word_embeddings false"
+        flag = "tie_word_embeddings false"
+        if tied is None:
+            flag = "no tie_word_embeddings (true says nothing in a backbone that transformers 5 saved)"
         raise CheckpointError(
             f"lm_head.weight: expected in a model with {flag}, found nothing. Is a file of the checkpoint missing, or "
-            "is this a backbone without a head? If the head is the embedding matrix, set tie_word_embeddings to true "
-            "in config.json."
+            "is this a backbone without a head? Take lm_head.weight from the whole model. If the head is the embedding "
+            "matrix, set tie_word_embeddings to true in config.json, and remove architectures."
         )
     return decoded
 
