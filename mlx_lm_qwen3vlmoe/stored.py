@@ -144,6 +144,6 @@ def _check_index(folder: Path, found: dict[str, Stored]) -> None:
         where = found[tensor].file.name if tensor in found else "nowhere"
         if file != where:
             raise CheckpointError(
-                f"{index.name}: {shortened(tensor)}: expected in {reprlib.repr(file)}, as the index says, found "
+                f"{index.name}: {shortened(tensor)}: expected in {shortened(repr(file))}, as the index says, found "
                 f"{where}. Download the files that are missing."
             )
