@@ -27,7 +27,7 @@ def run(*command: object, check: bool = True, **options) -> subprocess.Completed
     """Run a command to its end, with both outputs captured; a failure shows them."""
     environment = CLEAN | options.pop("env", {})
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300, **options
+        list(map(str, command)), capture_output=True, text=True, env=environment, **{"timeout": 300, **options}
     )
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
