@@ -180,11 +180,11 @@ from mlx_lm_qwen3vlmoe.restoring import restore
 restore(*sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
-BIG = {  # two layers of Qwen3-VL-30B-A3B
+BIG = {  # a layer of Qwen3-VL-30B-A3B
     "hidden_size": 2048,
     "moe_intermediate_size": 768,
     "intermediate_size": 6144,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "num_attention_heads": 32,
@@ -210,7 +210,7 @@ def of_holes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @pytest.mark.parametrize("per_expert", [False, True], ids=["fused", "per expert"])
 def test_some_rows_of_a_layer_are_in_memory(per_expert, tmp_path):
-    """Of 2.5 GB, with layers of 1.2 GB: half a gigabyte, of which a third is Python with MLX."""
+    """Of a layer of 1.2 GB: half a gigabyte, of which a third is Python with MLX."""
     original, made = tmp_path / "original", tmp_path / "tuned"
     original.mkdir()
     made.mkdir()
@@ -234,5 +234,5 @@ def test_some_rows_of_a_layer_are_in_memory(per_expert, tmp_path):
     of_holes(made, text)
     peak = int(run(sys.executable, "-c", MEASURE, made, original, tmp_path / "out").stdout)
     size = (original / "model.safetensors").stat().st_size
-    assert os.path.getsize(tmp_path / "out" / "model.safetensors") == size > 2.4e9
+    assert os.path.getsize(tmp_path / "out" / "model.safetensors") == size > 1.2e9
     assert peak < 0.5e9, peak
