@@ -123,9 +123,9 @@ class Original(Checkpoint):
 
     def _quantized(self, what: str) -> CheckpointError:
         official = _OFFICIAL.search(self.name)
+        which = f": Qwen/{official[0]}" if official else ""
         return CheckpointError(
-            f"{self.name}: expected an unquantized original, found {what}. Take the one that it was made from"
-            + (f": Qwen/{official[0]}." if official else ".")
+            f"{self.name}: expected an unquantized original, found {what}. Take the one that it was made from{which}."
         )
 
     def others(self) -> list[Path]:
