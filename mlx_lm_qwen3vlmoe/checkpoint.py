@@ -90,8 +90,8 @@ class Tuned(Checkpoint):
 
     def check_tied(self) -> None:
         """The head is the embeddings, as a tied original has no place for another."""
-        weight = self.layers[EMBEDDINGS]["weight"]
-        for first, last in steps(weight.shape[0], weight.end - weight.begin):
+        rows = self.text_config["vocab_size"]
+        for first, last in steps(rows, 4 * rows * self.text_config["hidden_size"]):
             head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
             if not mx.array_equal(head, embeddings, equal_nan=True).item():
                 raise CheckpointError(

@@ -70,9 +70,9 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
 def _check_places(tuned: Path, original: Path, out: Path) -> None:
     if tuned.resolve() == original.resolve():
         raise CheckpointError(f"{tuned}: expected a tuned model and its original, found one folder for both.")
-    for folder in (tuned.resolve(), original.resolve()):
-        if folder == out.resolve() or folder in out.resolve().parents:
-            raise CheckpointError(f"{out}: expected a folder outside of {folder}. Choose another --save-path.")
+    for inner, outer in ((out, tuned), (out, original), (tuned, original)):
+        if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
+            raise CheckpointError(f"{inner}: expected a folder outside of {outer}. Move it, or choose another.")
 
 
 def _compare(text: Tuned, target: Original) -> None:
@@ -119,7 +119,8 @@ def _give_notices(text: Tuned, target: Original) -> None:
             new,
             old,
         )
-    changed = [field for field in _MEANING if text.text_config[field] != target.text_config[field]]
+    meant, stays = ({field: _meaning(each.text_config[field]) for field in _MEANING} for each in (text, target))
+    changed = [field for field in _MEANING if meant[field] != stays[field]]
     if changed:
         logger.warning(
             "config.json stays the original's, though the tuned model has another %s.", ", ".join(sorted(changed))
@@ -128,6 +129,13 @@ def _give_notices(text: Tuned, target: Original) -> None:
         logger.warning("What %s has beside text is left out: the original's vision tensors stay.", text.folder)
     if len(target.parts) == len(target.tensors):
         logger.warning("%s has no vision tensors, and so the restored checkpoint has none.", target.folder)
+
+
+def _meaning(value: Any) -> Any:
+    """M-RoPE is plain RoPE where there is only text."""
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if not key.startswith("mrope_")}
+    return value
 
 
 def _write(file: Path, path: Path, target: Original, text: Tuned) -> Iterator[int]:

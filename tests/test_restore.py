@@ -105,6 +105,16 @@ def test_text_that_was_not_changed_comes_back_bit_for_bit(name, tmp_path):
     assert files(tmp_path / "out") == files(FIXTURES / name)
 
 
+def test_what_mlx_lm_without_this_package_and_mlx_vlm_wrote_comes_back(tmp_path, caplog):
+    restore(str(FIXTURES / "mlx_lm_float"), str(FIXTURES / "official_b"), str(tmp_path / "b"))
+    assert files(tmp_path / "b") == files(FIXTURES / "official_b")
+    assert not caplog.text
+    restore(str(FIXTURES / "mlx_vlm"), str(FIXTURES / "official"), str(tmp_path / "a"))
+    assert files(tmp_path / "a") == files(FIXTURES / "official")
+    (notice,) = caplog.messages
+    assert "has beside text is left out" in notice
+
+
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
 @pytest.mark.parametrize("name", ["official", "resave_5_0_0", "per_expert", "resave_5_23_0"])
 def test_other_dtypes_come_back_bit_for_bit(name, dtype, tmp_path):
@@ -466,6 +476,8 @@ def test_places_that_are_in_each_others_way_are_refused(pair, tmp_path):
         (tmp_path / "none", original, tmp_path / "out", "none: expected a folder that mlx_lm.fuse"),
     ):
         assert text in refusal(one, other, out)
+    made.rename(original / "tuned")
+    assert "expected a folder outside of" in refusal(original / "tuned", original, tmp_path / "out")
 
 
 def test_what_is_there_already_is_left_alone(pair, tmp_path):
