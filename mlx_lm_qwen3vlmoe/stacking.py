@@ -47,7 +47,8 @@ class Part(NamedTuple):
         """The whole tensor, from the whole weights of the layers."""
         if self.row is None:
             return self.form(*weights)
-        return self.form(*(weight[self.row : self.row + 1] for weight in weights))[0]
+        row = self.form(*(weight[self.row : self.row + 1] for weight in weights))
+        return mx.contiguous(row)[0]  # MLX 0.29 forgets the order of axes with the first of size 1
 
 
 def split(mlp: str, fused: Layers, in_out: bool, e: int, decode: Decoder) -> dict[str, Decoded]:

@@ -67,6 +67,13 @@ def converted(original: Path, folder: Path, change: Callable[[mx.array], mx.arra
     return folder
 
 
+def weights_of(folder: Path) -> dict[str, mx.array]:
+    """Evaluated, as the file may be written anew."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.eval(weights)
+    return weights
+
+
 def tuned(original: Path, folder: Path) -> Path:
     mx.random.seed(7)
     return converted(original, folder, lambda w: w + (0.1 * mx.random.normal(w.shape)).astype(w.dtype))
@@ -150,7 +157,7 @@ def test_the_restored_checkpoint_gives_the_logits_of_the_tuned_model(name, tmp_p
 
 def test_a_tuned_model_in_shards_fits_an_original_in_others(tmp_path):
     made = tuned(FIXTURES / "official", tmp_path / "tuned")
-    weights = mx.load(str(made / "model.safetensors"))
+    weights = weights_of(made)
     names = sorted(weights, key=hash)
     for number in range(3):
         mx.save_safetensors(
@@ -365,7 +372,7 @@ def test_a_layer_that_is_sparse_in_one_and_dense_in_the_other_is_named(tmp_path)
 
 def test_a_tied_tuned_model_does_not_fit_an_untied_original(tmp_path):
     made = converted(FIXTURES / "tied", tmp_path / "tuned")
-    weights = mx.load(str(made / "model.safetensors"))
+    weights = weights_of(made)
     del weights["language_model.lm_head.weight"]
     mx.save_safetensors(str(made / "model.safetensors"), weights)
     (made / "model.safetensors.index.json").unlink()
@@ -374,7 +381,7 @@ def test_a_tied_tuned_model_does_not_fit_an_untied_original(tmp_path):
 
 def test_a_head_that_was_tuned_has_no_place_in_a_tied_original(tmp_path):
     made = converted(FIXTURES / "tied", tmp_path / "tuned")
-    weights = mx.load(str(made / "model.safetensors"))
+    weights = weights_of(made)
     head = weights["language_model.lm_head.weight"]
     head[50, 3] += 1
     mx.save_safetensors(str(made / "model.safetensors"), weights)
@@ -416,7 +423,7 @@ def test_adapters_that_are_not_fused_are_refused(name, pair, tmp_path):
 
 
 def test_tensors_of_adapters_are_refused(pair, tmp_path):
-    weights = mx.load(str(pair[0] / "model.safetensors"))
+    weights = weights_of(pair[0])
     weights["language_model.model.layers.0.self_attn.q_proj.lora_a"] = mx.zeros((2, 2))
     mx.save_safetensors(str(pair[0] / "model.safetensors"), weights)
     assert "q_proj.lora_a: expected a model without adapters" in refusal(*pair, tmp_path / "out")
@@ -435,7 +442,7 @@ def test_one_that_another_tool_quantized_is_none_of_the_hosts(pair, tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_refused(pair, tmp_path):
-    weights = mx.load(str(pair[0] / "model.safetensors"))
+    weights = weights_of(pair[0])
     name = "language_model.model.layers.2.mlp.switch_mlp.up_proj.weight"
     weights[name][3, 5, 7] = float("nan")
     mx.save_safetensors(str(pair[0] / "model.safetensors"), weights)

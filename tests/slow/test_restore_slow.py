@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import venv
 from pathlib import Path
@@ -133,7 +134,8 @@ READERS = {  # what each of them reads of the layouts
 
 @pytest.mark.parametrize("name", READERS)
 def test_all_who_read_the_original_give_the_logits_of_the_tuned_text_and_run_an_image(name, torch, mlx_vlm, tmp_path):
-    original = FIXTURES / name
+    original = tmp_path / "original"  # mlx-vlm loads all that ends in .safetensors
+    shutil.copytree(FIXTURES / name, original, ignore=shutil.ignore_patterns("golden.safetensors"))
     out, expected = restored(original, tmp_path, "tuned" if name != "tied" else "doubled")
     images = {}
     for reader in READERS[name]:
