@@ -43,13 +43,6 @@ class Part(NamedTuple):
     form: Callable[..., mx.array] = lambda weight: weight
     row: int | None = None
 
-    def of(self, weights: list[mx.array]) -> mx.array:
-        """The whole tensor, from the whole weights of the layers."""
-        if self.row is None:
-            return self.form(*weights)
-        row = self.form(*(weight[self.row : self.row + 1] for weight in weights))
-        return mx.contiguous(row)[0]  # MLX 0.29 forgets the order of axes with the first of size 1
-
 
 def split(mlp: str, fused: Layers, in_out: bool, e: int, decode: Decoder) -> dict[str, Decoded]:
     """Cut a layer's fused experts into gate, up and down, each ``[E, out, in]``.

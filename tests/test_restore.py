@@ -106,8 +106,10 @@ def test_there_are_originals_of_every_layout():
     assert {"mlx_vlm", "text_4_57_6", "text_5_23_0", "per_expert_projection_first", "square_gate_v5"} <= set(FLOAT)
 
 
+@pytest.mark.parametrize("at_once", [1, 5_000, 32_000_000])  # bytes: an expert or a row, some, a whole tensor
 @pytest.mark.parametrize("name", FLOAT)
-def test_text_that_was_not_changed_comes_back_bit_for_bit(name, tmp_path):
+def test_text_that_was_not_changed_comes_back_bit_for_bit(name, at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_lm_qwen3vlmoe.stored._AT_ONCE", at_once)
     restore(str(converted(FIXTURES / name, tmp_path / "tuned")), str(FIXTURES / name), str(tmp_path / "out"))
     assert files(tmp_path / "out") == files(FIXTURES / name)
 
