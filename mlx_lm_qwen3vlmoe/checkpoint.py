@@ -13,7 +13,7 @@ from . import quantization
 from .backend import planned
 from .description import take_quantization
 from .errors import CheckpointError
-from .headers import local_headers, read_config
+from .headers import CONFIGS, hub_folder, local_headers, read_config
 from .inspection import hollow_model
 from .names import EMBEDDINGS, HEAD, shortened
 from .quantization import Parameters
@@ -114,19 +114,10 @@ class Original(Checkpoint):
         self.parts = unsanitize(self.tensors, self.model.args)
         for tensor in self.parts:
             if (dtype := self.tensors[tensor].dtype) not in FLOATS:
-                raise self._quantized(f"{shortened(tensor)} in {dtype}")
+                raise _quantized(name, f"{shortened(tensor)} in {dtype}")
 
     def refuse(self) -> None:
-        config = read_config(self.folder)
-        if take_quantization(config) is not None or config.get("quantization"):
-            raise self._quantized("quantization in config.json")
-
-    def _quantized(self, what: str) -> CheckpointError:
-        official = _OFFICIAL.search(self.name)
-        which = f": Qwen/{official[0]}" if official else ""
-        return CheckpointError(
-            f"{self.name}: expected an unquantized original, found {what}. Take the one that it was made from{which}."
-        )
+        check_unquantized(self.folder, self.name)
 
     def others(self) -> list[Path]:
         """All other files: config, processor, tokenizer, chat template, index. Not what tools hide (.git, .cache)."""
@@ -138,6 +129,28 @@ class Original(Checkpoint):
             if not path.is_file():
                 raise CheckpointError(f"{path}: expected a file, found none. Is the download complete?")
         return sorted(found)
+
+
+def original_folder(name: str) -> Path:
+    """Where an original is, or has been downloaded to: not before its config says that it is of use."""
+    if Path(name).is_dir():
+        return Path(name)
+    check_unquantized(hub_folder(name, CONFIGS), name)
+    return hub_folder(name)
+
+
+def check_unquantized(folder: Path, name: str) -> None:
+    config = read_config(folder)
+    if take_quantization(config) is not None or config.get("quantization"):
+        raise _quantized(name, "quantization in config.json")
+
+
+def _quantized(name: str, what: str) -> CheckpointError:
+    official = _OFFICIAL.search(name)
+    which = f": Qwen/{official[0]}" if official else ""
+    return CheckpointError(
+        f"{name}: expected an unquantized original, found {what}. Take the one that it was made from{which}."
+    )
 
 
 def _not_fused(what: object) -> CheckpointError:

@@ -16,6 +16,7 @@ from typing import Any
 from .config import MODEL_TYPES
 from .errors import CheckpointError
 
+CONFIGS = ["config.json", "hf_quant_config.json"]
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
 
 
@@ -51,10 +52,10 @@ def _data_size(header: Header) -> int:
 
 def hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
     """The small files of a repository, and the headers of its large ones, by range requests."""
-    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub import get_safetensors_metadata
 
+    folder = hub_folder(repository, CONFIGS)
     with _reaching(repository):
-        folder = Path(snapshot_download(repository, allow_patterns=["config.json", "hf_quant_config.json"]))
         files = get_safetensors_metadata(repository).files_metadata
     return folder, {
         name: {
@@ -65,12 +66,12 @@ def hub_headers(repository: str) -> tuple[Path, dict[str, Header]]:
     }
 
 
-def hub_folder(repository: str) -> Path:
-    """All files of a repository, which are downloaded unless the cache has them."""
+def hub_folder(repository: str, names: list[str] | None = None) -> Path:
+    """Files of a repository, or all of them, which are downloaded unless the cache has them."""
     from huggingface_hub import snapshot_download
 
     with _reaching(repository):
-        return Path(snapshot_download(repository))
+        return Path(snapshot_download(repository, allow_patterns=names))
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_hollow(folder: Path, headers: dict[str, Header], target: Path) -> None:
     """The checkpoint with holes in place of its tensors' data, which take no space on a disk."""
-    for name in ("config.json", "hf_quant_config.json"):
+    for name in CONFIGS:
         if (folder / name).exists():
             shutil.copy(folder / name, target)
     for name, header in headers.items():

@@ -8,7 +8,6 @@ construction, and no more than some rows of a layer is in memory.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from .checkpoint import Original, Tuned
+from .checkpoint import Original, Tuned, original_folder
 from .config import SIZES
 from .errors import CheckpointError
-from .headers import hub_folder
 from .names import HEAD, host_name, shortened
 from .stacking import Part
 from .stored import Stored, all_finite, copy, steps
-from .writing import whole
+from .writing import check_free, sync, whole
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,8 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
     """
     if not Path(tuned).is_dir():
         raise CheckpointError(f"{tuned}: expected a folder that mlx_lm.fuse or mlx_lm.convert wrote, found none.")
-    folder = Path(original) if Path(original).is_dir() else hub_folder(original)
+    check_free(Path(save_path))  # before anything is downloaded
+    folder = original_folder(original)
     _check_places(Path(tuned), folder, Path(save_path))
     text, target = Tuned(Path(tuned)), Original(folder, original)
     _compare(text, target)
@@ -63,7 +62,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
             with file.open("rb") as source, path.open("wb") as copied:
                 for done in copy(source, copied, file.stat().st_size):
                     bar.update(done)
-                _sync(copied)
+                sync(copied)
     return {"text": len(target.parts), "others": len(target.tensors) - len(target.parts)}
 
 
@@ -150,7 +149,7 @@ def _write(file: Path, path: Path, target: Original, text: Tuned) -> Iterator[in
                 yield piece.nbytes
             source.seek(tensor.end)
         yield from copy(source, new, file.stat().st_size - source.tell())
-        _sync(new)
+        sync(new)
 
 
 def _pieces(name: str, old: Stored, part: Part, text: Tuned) -> Iterator[mx.array]:
@@ -168,9 +167,3 @@ def _pieces(name: str, old: Stored, part: Part, text: Tuned) -> Iterator[mx.arra
                     f"{text.folder}. Did the training diverge?"
                 )
         yield piece
-
-
-def _sync(file: Any) -> None:
-    """Have the disk keep what is written, so that a name never stands for less."""
-    file.flush()
-    os.fsync(file.fileno())

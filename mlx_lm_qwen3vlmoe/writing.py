@@ -10,8 +10,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .errors import CheckpointError
+
+
+def check_free(out: Path) -> None:
+    """Raise `CheckpointError` where there is anything but an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: expected nothing, or an empty folder, found files. Choose another --save-path.")
 
 
 @contextlib.contextmanager
@@ -26,9 +33,8 @@ def whole(out: Path, size: int) -> Iterator[Path]:
     Raises:
         CheckpointError: ``out`` is there and not empty, the disk has no room, or another run writes or was killed.
     """
+    check_free(out)
     out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: expected nothing, or an empty folder, found files. Choose another --save-path.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < size:
         raise CheckpointError(
@@ -70,6 +76,12 @@ def _signals_as_exceptions() -> Iterator[None]:
     finally:
         for each in ours:
             signal.signal(each, signal.SIG_DFL)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Have the disk keep what is written to a file, so that its name never stands for less."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

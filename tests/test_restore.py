@@ -18,6 +18,7 @@ from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -287,6 +288,34 @@ def test_the_original_may_be_a_repository_on_the_hub_or_in_its_cache(tmp_path):
     assert "a/c: expected a folder or a reachable repository" in error.stderr
 
 
+class QuantizedHub(Hub):
+    """A hub whose model is quantized, and that counts who asks for its tensors."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self, body: bool = True):  # noqa: N802
+        self.asked.append(self.path)
+        if self.path.split("?")[0].endswith("config.json"):
+            config = json.loads((TINY / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+            return self.answer(json.dumps(config).encode(), body)
+        return super().do_GET(body)
+
+
+def test_a_quantized_repository_is_refused_before_it_is_downloaded(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), QuantizedHub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    arguments = (FIXTURES / "mlx_lm_float", "--original", "Qwen/Qwen3-VL-30B-A3B-Thinking-FP8")
+    try:
+        done = command(*arguments, "--save-path", tmp_path / "out", check=False, env=environment)
+    finally:
+        server.shutdown()
+    assert "Take the one that it was made from: Qwen/Qwen3-VL-30B-A3B-Thinking." in done.stderr
+    assert any("config.json" in path for path in QuantizedHub.asked)
+    assert not any("model.safetensors" in path for path in QuantizedHub.asked)
+
+
 # --- notices --------------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +508,7 @@ def test_places_that_are_in_each_others_way_are_refused(pair, tmp_path):
     for one, other, out, text in (
         (made, made, tmp_path / "out", "found one folder for both"),
         (original, tmp_path / "link", tmp_path / "out", "found one folder for both"),
-        (made, original, made, "expected a folder outside of"),
+        (made, original, made, "expected nothing, or an empty folder, found files"),
         (made, original, original / "out", "expected a folder outside of"),
         (made, original, tmp_path / "link" / "out", "expected a folder outside of"),
         (tmp_path / "none", original, tmp_path / "out", "none: expected a folder that mlx_lm.fuse"),
