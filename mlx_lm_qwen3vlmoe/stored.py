@@ -123,12 +123,12 @@ def _offsets(path: Path, tensor: str, entry: dict[str, Any]) -> tuple[int, int]:
 
 def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[int, ...]:
     shape, dtype = entry["shape"], entry["dtype"]
-    good = all(type(n) is int and n >= 0 for n in shape)
+    good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
     if good and (dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size):
         return tuple(shape)
     raise CheckpointError(
-        f"{path}: {shortened(tensor)}: expected {size} bytes, found the shape {reprlib.repr(shape)} of {dtype}. "
-        "Download the file again."
+        f"{path}: {shortened(tensor)}: expected {size} bytes, found the shape {reprlib.repr(shape)} of "
+        f"{reprlib.repr(dtype)}. Download the file again."
     )
 
 

@@ -125,6 +125,12 @@ def test_what_mlx_lm_without_this_package_and_mlx_vlm_wrote_comes_back(tmp_path,
     assert "has beside text is left out" in notice
 
 
+def test_float32_in_between_rounds_nothing(tmp_path):
+    made = converted(FIXTURES / "official", tmp_path / "tuned", lambda w: w.astype(mx.float32))
+    restore(str(made), str(FIXTURES / "official"), str(tmp_path / "out"))
+    assert files(tmp_path / "out") == files(FIXTURES / "official")
+
+
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
 @pytest.mark.parametrize("name", ["official", "resave_5_0_0", "per_expert", "resave_5_23_0"])
 def test_other_dtypes_come_back_bit_for_bit(name, dtype, tmp_path):
@@ -602,6 +608,8 @@ def test_an_index_that_is_of_no_use_is_named(index, text, tmp_path):
         ("shape", [96, 41]),
         ("shape", [-96, -40]),
         ("shape", ["96", 40]),
+        ("dtype", ["BF16"]),
+        ("dtype", "F32"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1])
