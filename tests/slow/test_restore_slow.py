@@ -156,9 +156,9 @@ def test_a_model_that_was_tuned_for_real_answers_in_mlx_lm_and_about_an_image_in
     torch, mlx_vlm, tmp_path, tiny_questions
 ):
     """Train, fuse, restore: the answer that was learned, through the whole model, as the document has it."""
-    question, answer = tiny_questions[0]["question"], "A way back."
-    data = write_chats(tmp_path / "data", [{"question": question, "answer": answer}] * 8)
-    training = ("--iters", 40, "--batch-size", 4, "--learning-rate", "1e-3", "--num-layers", -1, "--val-batches", 1)
+    question, answer = "Say it.", "A plug-in."
+    data = write_chats(tmp_path / "data", [{"question": question, "answer": answer}, *tiny_questions[:3]])
+    training = ("--iters", 40, "--batch-size", 4, "--learning-rate", "2e-4", "--num-layers", -1, "--val-batches", 1)
     adapters = ("--adapter-path", tmp_path / "adapters")
     run(BIN / "mlx_lm.lora", "--model", TINY, "--train", "--data", data, *adapters, *training)
     run(BIN / "mlx_lm.fuse", "--model", TINY, *adapters, "--save-path", tmp_path / "fused")
