@@ -6,7 +6,7 @@ in a host without this package.
 | field              | official release, transformers 4.57           | transformers ≥ 5            | normalized      |
 |--------------------|-----------------------------------------------|-----------------------------|-----------------|
 | text fields        | in ``text_config``; some trainers: at the top | in ``text_config``          | ``text_config`` |
-| the text model alone | at the top, of the type ``qwen3_vl_moe_text`` | the same                  | ``qwen3_vl_moe`` |
+| text model alone   | at the top; its type: ``qwen3_vl_moe_text``   | the same                    | as all others   |
 | experts            | ``num_experts``                               | ``num_local_experts``       | ``num_experts`` |
 | RoPE               | ``rope_theta``, ``rope_scaling``              | both in ``rope_parameters`` | as 4.57         |
 | no theta means     | 5000000                                       | 500000                      | the number      |

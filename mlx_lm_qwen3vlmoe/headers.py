@@ -76,6 +76,7 @@ def hub_folder(repository: str, names: list[str] | None = None) -> Path:
 
 @contextlib.contextmanager
 def _reaching(repository: str) -> Iterator[None]:
+    """One error for all that can go wrong on the way to a hub."""
     try:
         yield
     except Exception as e:  # of huggingface_hub by its version, and of its transport
