@@ -70,6 +70,18 @@ VISION_FIELDS = [
 ]  # fmt: skip
 
 
+# As the official files have them, by the sizes of this vision tower.
+PROCESSOR = {
+    "size": {"longest_edge": 64 * 64, "shortest_edge": 16 * 16},  # pixels
+    "patch_size": 8,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "processor_class": "Qwen3VLProcessor",
+}
+
+
 def make_tokenizer(texts):
     """A byte-level BPE with Qwen's normalizer, pre-tokenizer and added tokens, trained on these texts."""
     bpe = Tokenizer(models.BPE())
@@ -285,6 +297,11 @@ def save(model, tokenizer, folder):
     config["vision_config"] = {key: vision[key] for key in VISION_FIELDS}
     config["tie_word_embeddings"] = False
     path.write_text(json.dumps({key: config[key] for key in TOP_FIELDS}, indent=2) + "\n")
+    for name, field, kind in (
+        ("preprocessor_config.json", "image_processor_type", "Qwen2VLImageProcessorFast"),
+        ("video_preprocessor_config.json", "video_processor_type", "Qwen3VLVideoProcessor"),
+    ):
+        (folder / name).write_text(json.dumps({**PROCESSOR, field: kind}, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     where = Path(__file__).parent
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__} from {where}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_inspect, _doctor, _run, _adapters):
+    for add in (_inspect, _doctor, _run, _restore, _adapters):
         add(commands)
     parsed = parser.parse_args(arguments)
     parsed.do(parsed)
@@ -121,6 +121,34 @@ def _run(commands: Any) -> None:
         _need_mlx_lm()
         sys.argv = ["mlx_lm", parsed.subcommand, *parsed.arguments]
         runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
+
+    parser.set_defaults(do=do)
+
+
+def _restore(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "restore",
+        "put tuned text back into the checkpoint that it came from, vision tower and all",
+        "restore fused --original Qwen/Qwen3-VL-30B-A3B-Instruct --save-path tuned",
+        "0 if it is written, 1 if not, with the reason, 130 if it was stopped",
+    )
+    parser.add_argument("tuned", help="a folder that mlx_lm.fuse or mlx_lm.convert wrote")
+    parser.add_argument("--original", required=True, help="the unquantized original: a folder, or a name on the hub")
+    parser.add_argument("--save-path", required=True, help="a new folder, for all files of the original")
+
+    def do(parsed: argparse.Namespace) -> None:
+        _need_mlx_lm()
+        from . import restoring
+        from .errors import CheckpointError
+
+        try:
+            counts = restoring.restore(parsed.tuned, parsed.original, parsed.save_path)
+        except (CheckpointError, OSError) as e:
+            sys.exit(str(e))
+        except KeyboardInterrupt:
+            parser.exit(130, "Stopped: nothing is left of it.\n")
+        print(f"{parsed.save_path}: {counts['text']} tensors of the tuned text, {counts['others']} of the original")
 
     parser.set_defaults(do=do)
 

@@ -11,7 +11,8 @@ from typing import Any
 from . import __version__, registry
 
 NAME = "mlx-lm-qwen3vlmoe"
-MODEL_TYPES = {"qwen3_vl_moe": f"{__package__}.model"}  # as in pyproject.toml
+_MODULE = f"{__package__}.model"
+MODEL_TYPES = {"qwen3_vl_moe": _MODULE, "qwen3_vl_moe_text": _MODULE}  # as in pyproject.toml
 OWN = tuple(registry.Plugin(model_type, NAME, __version__, module) for model_type, module in MODEL_TYPES.items())
 
 

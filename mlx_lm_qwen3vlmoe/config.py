@@ -6,6 +6,7 @@ in a host without this package.
 | field              | official release, transformers 4.57           | transformers ≥ 5            | normalized      |
 |--------------------|-----------------------------------------------|-----------------------------|-----------------|
 | text fields        | in ``text_config``; some trainers: at the top | in ``text_config``          | ``text_config`` |
+| text model alone   | at the top; its type: ``qwen3_vl_moe_text``   | the same                    | as all others   |
 | experts            | ``num_experts``                               | ``num_local_experts``       | ``num_experts`` |
 | RoPE               | ``rope_theta``, ``rope_scaling``              | both in ``rope_parameters`` | as 4.57         |
 | no theta means     | 5000000                                       | 500000                      | the number      |
@@ -33,6 +34,7 @@ from .fields import LARGEST, check_positive, config_error
 logger = logging.getLogger(__name__)
 
 _MOST_LAYERS = 1000  # making a layer takes half a millisecond, before any tensor can contradict the number
+_HEADLESS = "Qwen3VLMoeTextModel"  # the class of the backbone, the only one of its type in transformers
 _REQUIRED = (  # sizes without a default that every writer shares
     "hidden_size",
     "num_hidden_layers",
@@ -44,6 +46,7 @@ _REQUIRED = (  # sizes without a default that every writer shares
     "num_experts_per_tok",
     "vocab_size",
 )
+SIZES = (*(field for field in _REQUIRED if field != "num_experts_per_tok"), "head_dim")  # of tensors
 _DEFAULTS = {  # the same in transformers 4.57 and 5
     "model_type": "qwen3_vl_moe_text",
     "attention_bias": False,
@@ -200,20 +203,26 @@ def tied(config: dict[str, Any]) -> bool | None:
     """Whether a config says that the output head, where none is stored, is the embedding matrix; None: it says nothing.
 
     To be asked before `normalize`. transformers 4.57 obeys ``text_config``, 5 the top level, where ``text_config`` says
-    true by a class default.
+    true by a class default. So does, for the same reason, what 5 saves of the backbone of any model.
     """
     text = config.get("text_config")
     flags = [config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, dict) else None]
     for value in flags:
         if value is not None and not isinstance(value, bool):
             raise config_error("tie_word_embeddings", "true or false", value)
-    if flags[0] is False and (_transformers(config) or 0) >= 5:
-        return False
+    if (_transformers(config) or 0) >= 5:
+        if flags[0] is False:
+            return False
+        classes = config.get("architectures")
+        if isinstance(classes, list) and _HEADLESS in classes:
+            return None
     return True if True in flags else False if False in flags else None
 
 
 def _nested(config: dict[str, Any]) -> dict[str, Any]:
     """``config["text_config"]``, gathered from the top level where a writer lost the nesting."""
+    if config.get("model_type") == "qwen3_vl_moe_text":  # the text model alone, a type that the host does not have
+        config["model_type"] = "qwen3_vl_moe"
     text = config.get("text_config")
     if text is None and "hidden_size" in config:
         text = {field: config.pop(field) for field in sorted(_TEXT_FIELDS & config.keys())}

@@ -6,9 +6,11 @@ A safetensors file begins with eight bytes, little-endian: the length of the JSO
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from .claims import MODEL_TYPES
 from .diagnosis import own_module
 from .errors import CheckpointError
 
+CONFIGS = ["config.json", "hf_quant_config.json"]
 _INDEX = "model.safetensors.index.json"
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
 
@@ -74,14 +77,11 @@ def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
 
 def _hub_headers(repository: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
     """The small files of a repository, and the headers of its large ones, by range requests if they are not cached."""
-    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub import get_safetensors_metadata
 
-    small = ["config.json", "hf_quant_config.json", _INDEX]
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=small))
+    folder = hub_folder(repository, [*CONFIGS, _INDEX])
+    with _reaching(repository):
         files = {} if _is_whole(folder) else get_safetensors_metadata(repository).files_metadata
-    except Exception as e:  # its own kinds, by version, and those of its transport
-        raise CheckpointError(f"{repository}: no such folder; {_why_not(e)}.") from e
     if not files:
         return folder, local_headers(folder, notes)
     return folder, {
@@ -91,6 +91,23 @@ def _hub_headers(repository: str, notes: list[str]) -> tuple[Path, dict[str, Hea
         }
         for name, file in files.items()
     }
+
+
+def hub_folder(repository: str, names: list[str] | None = None) -> Path:
+    """Files of a repository, or all of them, which are downloaded unless the cache has them."""
+    from huggingface_hub import snapshot_download
+
+    with _reaching(repository):
+        return Path(snapshot_download(repository, allow_patterns=names))
+
+
+@contextlib.contextmanager
+def _reaching(repository: str) -> Iterator[None]:
+    """One error for all that can go wrong on the way to a hub."""
+    try:
+        yield
+    except Exception as e:  # of huggingface_hub by its version, and of its transport
+        raise CheckpointError(f"{repository}: no such folder; {_why_not(e)}.") from e
 
 
 def _why_not(error: Exception) -> str:
@@ -134,7 +151,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 def write_hollow(folder: Path, headers: dict[str, Header], target: Path) -> None:
     """The checkpoint with holes in place of its tensors' data, which take no space on a disk."""
-    for name in ("config.json", "hf_quant_config.json"):
+    for name in CONFIGS:
         if (folder / name).exists():
             shutil.copy(folder / name, target)
     for name, header in headers.items():

@@ -62,7 +62,7 @@ def inspect(
         try:
             report["quantization"] = _quantization(config)
             with _noting(notes if bits is None else []):
-                model, config = _hollow_model(folder, headers)
+                model, config = hollow_model(folder, headers)
             if bits is not None:
                 model, report["convert_bytes"] = _converted(model, config, bits)
             report |= _plan(model, ranks, context)
@@ -72,7 +72,7 @@ def inspect(
     return report
 
 
-def _hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[str, Any]]:
+def hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[str, Any]]:
     """The model and its config as the host's own loader has them, of arrays that have no data."""
     with tempfile.TemporaryDirectory() as hollow:
         write_hollow(folder, headers, Path(hollow))

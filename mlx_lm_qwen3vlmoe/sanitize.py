@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -29,12 +29,14 @@ from .config import ModelArgs
 from .decoding import Decoder
 from .description import record_quantization
 from .errors import CheckpointError, MissingTensorError
-from .experts import Layers, check_orientations, gather
+from .experts import check_orientations, gather
 from .names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened
 from .packed import check_packed, shape_error
 from .quantization import Decoded, Parameters
+from .stacking import Layers, Part
 
 Weights = dict[str, mx.array]
+T = TypeVar("T")  # an array, or where one is stored
 
 _LAYER = re.compile(rf"{re.escape(DECODER)}layers\.({NUMBER})\.")
 _TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what only a dense one has
@@ -70,12 +72,28 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     return weights
 
 
-def rename(weights: Weights) -> Weights:
+def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:
+    """The inverse of `sanitize`: what of the host's each stored tensor is made of, by its name.
+
+    What a text model has no use for is left out. A tied checkpoint has no part that is made of the host's head.
+
+    Args:
+        stored: names → what has a shape, of a complete and unquantized checkpoint that loads.
+        args: its config.
+    """
+    others, found = gather(by_layer(rename(stored)))
+    parts = {path: Part((path,)) for path in others}
+    for experts in found:
+        parts |= experts.parts(args.text_config)
+    return restore_names(parts, stored)
+
+
+def rename(weights: dict[str, T]) -> dict[str, T]:
     """Bring the names of all writers to those of the host, and leave out what a text model has no use for.
 
     ``model.visual.…``, ``visual.…`` and ``vision_tower.…`` are the vision components, dropped by these names.
     """
-    renamed: Weights = {}
+    renamed: dict[str, T] = {}
     for name, array in weights.items():
         if (target := host_name(name)) is None:
             continue
@@ -88,9 +106,15 @@ def rename(weights: Weights) -> Weights:
     return renamed
 
 
-def by_layer(weights: Weights) -> Layers:
+def restore_names(parts: dict[str, Part], names: Iterable[str]) -> dict[str, Part]:
+    """The inverse of `rename`, by the names that were there: parts by the host's paths → by stored names."""
+    targets = {name: host_name(name) for name in names}
+    return {name: parts[layer_and_suffix(target)[0]] for name, target in targets.items() if target is not None}
+
+
+def by_layer(weights: dict[str, T]) -> dict[str, dict[str, T]]:
     """Tensors by the layer that they are of, and what they are of it."""
-    layers: Layers = {}
+    layers: dict[str, dict[str, T]] = {}
     for name, array in weights.items():
         path, suffix = layer_and_suffix(name)
         layers.setdefault(path, {})[suffix] = array
@@ -131,11 +155,13 @@ def with_head(decoded: dict[str, Decoded], tied: bool | None, complete: bool = T
     if tied:
         return decoded | {HEAD: decoded[EMBEDDINGS]}
     if complete:
-        flag = "no tie_word_embeddings" if tied is None else "tie_word_embeddings false"
+        flag = "tie_word_embeddings false"
+        if tied is None:
+            flag = "no tie_word_embeddings (true says nothing in a backbone that transformers 5 saved)"
         raise CheckpointError(
             f"lm_head.weight: expected in a model with {flag}, found nothing. Is a file of the checkpoint missing, or "
-            "is this a backbone without a head? If the head is the embedding matrix, set tie_word_embeddings to true "
-            "in config.json."
+            "is this a backbone without a head? Take lm_head.weight from the whole model. If the head is the embedding "
+            "matrix, set tie_word_embeddings to true in config.json, and remove architectures."
         )
     return decoded
 

@@ -258,7 +258,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     convert(str(ADAPTERS / "attention"), str(tmp_path / "out"))  # empty, it is taken
     before = tensors(tmp_path / "out")
-    assert "out: expected a new or an empty folder" in refusal(ADAPTERS / "experts", tmp_path)
+    assert "out: expected nothing, or an empty folder" in refusal(ADAPTERS / "experts", tmp_path)
     assert equal(tensors(tmp_path / "out"), before)
 
 

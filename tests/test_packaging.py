@@ -41,6 +41,7 @@ mlx-lm-qwen3vlmoe = mlx_lm_qwen3vlmoe.__main__:main
 
 [mlx_lm.models]
 qwen3_vl_moe = mlx_lm_qwen3vlmoe.model
+qwen3_vl_moe_text = mlx_lm_qwen3vlmoe.model
 """
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -70,7 +71,7 @@ def test_the_document_quotes_the_start_up_file(document):
     assert f"```text\n{STARTUP}```" in (ROOT / document).read_text()
 
 
-def test_the_entry_points_are_one_command_and_one_model_type(content):
+def test_the_entry_points_are_one_command_and_two_model_types(content):
     assert content["DIST-INFO/entry_points.txt"].decode() == ENTRY_POINTS
     claims = "".join(f"{model_type} = {module}\n" for model_type, module in sorted(MODEL_TYPES.items()))
     assert ENTRY_POINTS.endswith(f"[mlx_lm.models]\n{claims}")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +67,3 @@ def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[st
             plain: Any = mx.contiguous(tensors.pop(path).flatten()).view(mx.uint8)  # bfloat16 is no type of Python's
             file.write(memoryview(plain))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its name when the block ends well, and is removed when it does not."""
-    target = target.resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: expected a new or an empty folder, found files. Name another --save-path.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        inner = stage / target.name  # made by mkdir, with the permissions of any other folder
-        inner.mkdir()
-        yield inner
-        inner.replace(target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)

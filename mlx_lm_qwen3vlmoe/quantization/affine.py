@@ -128,6 +128,9 @@ def regroup(array: mx.array, inputs: int, size: int, group: int) -> mx.array:
 
 def dequantize(tensors: Tensors, parameters: Parameters, dtype: mx.Dtype) -> mx.array:
     """The float weight of MLX's packed tensors."""
+    if "global_scale" in tensors and tensors["global_scale"].ndim:  # of which MLX takes one at a time
+        experts = [{name: array[n] for name, array in tensors.items()} for n in range(len(tensors["weight"]))]
+        return mx.stack([dequantize(each, parameters, dtype) for each in experts])
     options: dict[str, Any] = {name: value for name, value in parameters.items() if name != "global_scale"}
     if "global_scale" in tensors:
         options |= {"global_scale": tensors["global_scale"], "dtype": mx.float32}

@@ -6,6 +6,7 @@ cd "$(dirname "$0")"
 : "${MLX_VLM:?Python with mlx-vlm 0.7.10}" "${MLX_LM:?Python with mlx-lm 0.32.2}"
 "$T4" with_transformers4.py
 for python in "$T500" "$T510" "$T523"; do "$python" with_transformers5.py; done
+for python in "$T4" "$T523"; do "$python" text_alone.py; done
 "$MLX_VLM" with_mlx_vlm.py
 "$MLX_LM" with_mlx_lm.py
 "$T4" golden_mlx.py

@@ -1,0 +1,165 @@
+"""The two checkpoints of a restoration, in files: a tuned model's text, and the original that it came from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import quantization
+from .backend import planned
+from .description import take_quantization
+from .errors import CheckpointError
+from .headers import CONFIGS, hub_folder, local_headers, read_config
+from .inspection import hollow_model
+from .names import EMBEDDINGS, HEAD, shortened
+from .quantization import Parameters
+from .sanitize import by_layer, rename, unsanitize
+from .stored import FLOATS, steps, stored
+
+_ADAPTERS = ("adapters.safetensors", "adapter_config.json", "adapter_model.safetensors")
+_OFFICIAL = re.compile(r"Qwen3-VL-\d+B-A\d+B-(?:Instruct|Thinking)")
+
+
+class Checkpoint:
+    """A checkpoint that loads.
+
+    Attributes:
+        config: as it is stored.
+        tensors: by their names in the files.
+        model: of arrays that have no data.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = read_config(folder, str(folder))
+        headers = local_headers(folder, [])
+        self.files = [folder / name for name in headers]
+        self.tensors = stored(folder, headers)
+        self.refuse()
+        with planned():
+            try:
+                self.model, _ = hollow_model(folder, headers)
+            except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host
+                raise CheckpointError(f"{folder}: expected a checkpoint that loads, found {e}") from e
+
+    def refuse(self) -> None:
+        """Raise `CheckpointError` for what is of no use here, before it is loaded."""
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        return self.model.args.text_config
+
+
+class Tuned(Checkpoint):
+    """The text of a tuned model, in floats, or packed by MLX.
+
+    Attributes:
+        layers: path of the host's → what the layer consists of.
+        packed: path → how it is packed.
+    """
+
+    def __init__(self, folder: Path):
+        if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
+            raise _not_fused(folder / adapters[0])
+        super().__init__(folder)
+        self.layers = by_layer(rename(self.tensors))
+        if stored_apart := next((path for path in self.layers if ".mlp.experts" in path), None):
+            raise _not_by_mlx(folder, stored_apart)
+        self.packed: dict[str, Parameters] = {
+            path: {name: getattr(module, name) for name in ("group_size", "bits", "mode") if hasattr(module, name)}
+            for path, module in self.model.named_modules()
+            if "scales" in self.layers.get(path, ())
+        }
+
+    def refuse(self) -> None:
+        if adapter := next((name for name in self.tensors if "lora_" in name), None):
+            raise _not_fused(f"{self.folder}: {shortened(adapter)}")
+        if take_quantization(self.config) is not None:
+            raise _not_by_mlx(self.folder, "quantization_config of another tool")
+
+    def rows(self, path: str, first: int, last: int) -> mx.array:
+        """Rows of a layer's weight, ``[last - first, …]``; what is packed, in float32."""
+        tensors = {suffix: tensor.rows(first, last) for suffix, tensor in self.layers[path].items()}
+        if path in self.packed:
+            return quantization.dequantize(tensors, self.packed[path], mx.float32)
+        return tensors["weight"]
+
+    def check_tied(self) -> None:
+        """The head is the embeddings, as a tied original has no place for another."""
+        rows = self.text_config["vocab_size"]
+        for first, last in steps(rows, 4 * rows * self.text_config["hidden_size"]):
+            head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
+            if not mx.array_equal(head, embeddings, equal_nan=True).item():
+                raise CheckpointError(
+                    f"{HEAD}.weight: expected the embeddings, as the original is tied and has no head of its own, "
+                    f"found others in rows {first} to {last - 1}. Tune neither of them (adapters leave both alone)."
+                )
+
+
+class Original(Checkpoint):
+    """The checkpoint that a tuned model came from.
+
+    Attributes:
+        name: as the user gave it, a folder or a repository.
+        parts: of which of the host's tensors each text tensor is made.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.name = name
+        super().__init__(folder)
+        self.parts = unsanitize(self.tensors, self.model.args)
+        for tensor in self.parts:
+            if (dtype := self.tensors[tensor].dtype) not in FLOATS:
+                raise _quantized(name, f"{shortened(tensor)} in {dtype}")
+
+    def refuse(self) -> None:
+        check_unquantized(self.folder, self.name)
+
+    def others(self) -> list[Path]:
+        """All other files: config, processor, tokenizer, chat template, index. Not what tools hide (.git, .cache)."""
+        found = []
+        for where, folders, names in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [path for name in names if (path := Path(where, name)) not in self.files]
+        for path in found:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: expected a file, found none. Is the download complete?")
+        return sorted(found)
+
+
+def original_folder(name: str) -> Path:
+    """Where an original is, or has been downloaded to: not before its config says that it is of use."""
+    if Path(name).is_dir():
+        return Path(name)
+    check_unquantized(hub_folder(name, CONFIGS), name)
+    return hub_folder(name)
+
+
+def check_unquantized(folder: Path, name: str) -> None:
+    config = read_config(folder, name)
+    if take_quantization(config) is not None or config.get("quantization"):
+        raise _quantized(name, "quantization in config.json")
+
+
+def _quantized(name: str, what: str) -> CheckpointError:
+    official = _OFFICIAL.search(name)
+    which = f": Qwen/{official[0]}" if official else ""
+    return CheckpointError(
+        f"{name}: expected an unquantized original, found {what}. Take the one that it was made from{which}."
+    )
+
+
+def _not_fused(what: object) -> CheckpointError:
+    return CheckpointError(
+        f"{what}: expected a model without adapters, found some that are not fused. Run mlx_lm.fuse first."
+    )
+
+
+def _not_by_mlx(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: expected a model that mlx_lm.fuse or mlx_lm.convert wrote, found {what}. Is it the original?"
+    )

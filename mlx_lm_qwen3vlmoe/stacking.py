@@ -1,0 +1,241 @@
+"""Experts as files have them ↔ gate, up and down as the host stacks them; each step with its inverse beside it.
+
+E = num_experts, H = hidden_size, I = moe_intermediate_size.
+
+| step                                            | inverse                                      |
+|-------------------------------------------------|----------------------------------------------|
+| `split`: ``gate_up_proj [E, H, 2I]`` → two      | `join`, `turned`                             |
+| `as_out_in`: ``[E, in, out]`` → ``[E, out, in]`` | `turned`                                     |
+| `stack`: a tensor an expert → one for all       | `Part`: one row of the stack                 |
+| `rejoined`: cut along the wrong axis → rightly  | `miscut`                                     |
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .backend import as_out_in
+from .decoding import Decoder
+from .errors import CheckpointError, MissingTensorError
+from .lazy import in_pieces
+from .quantization import Decoded, Tensors, is_foreign
+from .quantization.fp8 import halves
+
+Shapes = dict[str, tuple[int, ...]]  # projection → experts, outputs and inputs
+Layers = dict[str, Tensors]  # path → suffix → array
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Part(NamedTuple):
+    """The way back of one stored tensor: what of the host's it is made of, and how.
+
+    Attributes:
+        layers: paths of the host's layers, whose weights it is made of.
+        form: these weights, or the same rows of each, ``[rows, …]`` → those rows of the stored tensor.
+        row: the only row of theirs (an expert) that is stored here, without its axis; None for all.
+    """
+
+    layers: tuple[str, ...]
+    form: Callable[..., mx.array] = lambda weight: weight
+    row: int | None = None
+
+
+def split(mlp: str, fused: Layers, in_out: bool, e: int, decode: Decoder) -> dict[str, Decoded]:
+    """Cut a layer's fused experts into gate, up and down, each ``[E, out, in]``.
+
+    ``gate_up_proj`` holds two projections of every expert, first gate, then up, as the two halves of one axis (never
+    interleaved): the origin multiplies once and cuts the product. The host multiplies twice, so the array is cut here.
+
+    The official release stores ``[in, out]`` and multiplies ``x @ w``, so the halves lie on the last axis. The host
+    keeps ``[out, in]``, as in every linear layer, and multiplies by the transpose, so the last two axes change places.
+    transformers ≥ 5.2 stores ``[out, in]`` like the host: its halves lie on the axis before, and no axis moves.
+    """
+    parts: dict[str, Decoded] = {}
+    for name, tensors in fused.items():
+        path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
+        tensors = {suffix: _of_each(array, e) for suffix, array in tensors.items()}
+        if name == "down_proj":
+            parts[name] = _oriented(_decoded(path, tensors, e, decode), in_out)
+        # Codes are cut before they are decoded: what waits for the other half is then small.
+        elif pair := halves(tensors, axis, decode.settings(path)):
+            for projection, half in zip(("gate_proj", "up_proj"), pair, strict=True):
+                parts[projection] = _oriented(_decoded(path, half, e, decode), in_out)
+        else:
+            whole = _decoded(path, tensors, e, decode)
+            cut = mx.split(whole.tensors["weight"], 2, axis)
+            for projection, weight in zip(("gate_proj", "up_proj"), cut, strict=True):
+                parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out)
+    return parts
+
+
+def join(gate: mx.array, up: mx.array) -> mx.array:
+    """The inverse of the cut in `split`: gate and up ``[…, I, H]`` → ``[…, 2I, H]``."""
+    return mx.concatenate([gate, up], -2)
+
+
+def turned(array: mx.array) -> mx.array:
+    """The inverse of `as_out_in`: ``[…, out, in]`` → ``[…, in, out]``; its order in memory is the writer's affair."""
+    return array.swapaxes(-1, -2)
+
+
+def unsplit(mlp: str, in_out: bool) -> dict[str, Part]:
+    """The inverse of `split`: fused tensors by their paths."""
+    gate, up, down = (f"{mlp}.switch_mlp.{projection}" for projection in PROJECTIONS)
+    return {
+        f"{mlp}.experts.gate_up_proj": Part((gate, up), _joined_turned if in_out else join),
+        f"{mlp}.experts.down_proj": Part((down,), turned) if in_out else Part((down,)),
+    }
+
+
+def _joined_turned(gate: mx.array, up: mx.array) -> mx.array:
+    return turned(join(gate, up))
+
+
+def _decoded(path: str, tensors: Tensors, experts: int, decode: Decoder) -> Decoded:
+    def stored(part: slice) -> Tensors:
+        return {suffix: array[part] if array.ndim else array for suffix, array in tensors.items()}
+
+    return decode.of_experts(path, experts, stored)
+
+
+def _of_each(array: mx.array, experts: int) -> mx.array:
+    """One number for all experts → ``[E, 1, 1]``; other arrays as they are."""
+    return mx.broadcast_to(array.reshape(1, 1, 1), (experts, 1, 1)) if array.shape in ((), (1,)) else array
+
+
+def _oriented(decoded: Decoded, in_out: bool) -> Decoded:
+    weight = decoded.tensors["weight"]
+    return decoded._replace(tensors={"weight": as_out_in(weight)}) if in_out else decoded
+
+
+def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[str, Any], decode: Decoder) -> Decoded:
+    """Stack separate experts, each a linear layer ``[out, in]``, to ``[E, out, in]``: as stored, then decoded as one.
+
+    Experts in different formats are decoded one by one, and brought to one that has the values of all.
+    """
+    paths = [f"{path}.{number}.{projection}" for number in range(sizes["num_experts"])]
+    first = experts[0]
+    if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decode.describes_alike(paths):
+
+        def stored(part: slice) -> Tensors:
+            some = [experts[n] for n in range(len(paths))[part]]
+            return {suffix: decode.stack(suffix, [tensors[suffix] for tensors in some]) for suffix in first}
+
+        if is_foreign(first):
+            return _with_weight(paths[0], decode.of_experts(paths[0], len(paths), stored))
+        return _with_weight(paths[0], decode(paths[0], in_pieces(len(paths), stored)))
+    single = [_with_weight(each, decode(each, experts[n])) for n, each in enumerate(paths)]
+    shapes = [_shape(each) for each in single]
+    ((most, _),) = Counter(shapes).most_common(1)
+    for each, shape in zip(paths, shapes, strict=True):
+        if shape != most:
+            raise CheckpointError(
+                f"{each}.weight: expected the shape {list(most)}, found {list(shape)}, unlike the other experts. "
+                "Take the original checkpoint."
+            )
+    single = decode.in_common(single)
+    tensors = {suffix: mx.stack([each.tensors[suffix] for each in single]) for suffix in single[0].tensors}
+    return single[0]._replace(tensors=tensors)
+
+
+def _with_weight(path: str, decoded: Decoded) -> Decoded:
+    if "weight" not in decoded.tensors:
+        raise missing(f"{path}.weight")
+    return decoded
+
+
+def missing(name: str) -> MissingTensorError:
+    return MissingTensorError(
+        f"{name}: expected with the other experts of its layer, found nothing. "
+        "Is a file of the checkpoint missing, or num_experts wrong in config.json?"
+    )
+
+
+def _alike(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(
+        array.shape == other[suffix].shape and array.dtype == other[suffix].dtype for suffix, array in one.items()
+    )
+
+
+def _shape(decoded: Decoded) -> tuple[int, ...]:
+    """Experts, if they are stacked, outputs and inputs of a layer."""
+    *rows, columns = decoded.tensors["weight"].shape or (1,)
+    return *rows, columns * 32 // decoded.parameters["bits"] if decoded.parameters else columns
+
+
+def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
+    """Stacked experts as gate, up and down, from what tools have made of them.
+
+    - One ``gate_up_proj [2I, H]`` an expert, gate first, is cut in two.
+    - transformers 5.0 and 5.1 took ``[E, H, 2I]`` for ``[E, 2I, H]``: they cut the wrong axis in two. Their "gate" is
+      the upper half of an expert's ``gate_up [H, 2I]``, their "up" the lower, each ``[H/2, 2I]``, and "down" is still
+      ``[I, H]``. Nothing is lost: rejoined, it is the official layout again (a packed one in float, as its groups run
+      along the wrong axis). llm-compressor's and auto-round's model-free ways do the same.
+    """
+    i, h = sizes["moe_intermediate_size"], sizes["hidden_size"]
+    if (gate_up := stacked.get("gate_up_proj")) and _shape(gate_up)[1:] == (2 * i, h):
+        cut = {suffix: mx.split(array, 2, -2) for suffix, array in gate_up.tensors.items()}
+        for half, projection in enumerate(("gate_proj", "up_proj")):
+            tensors = {suffix: parts[half] for suffix, parts in cut.items()}
+            stacked[projection] = gate_up._replace(tensors=tensors)
+        del stacked["gate_up_proj"]
+    if not is_miscut(mlp, {projection: _shape(decoded) for projection, decoded in stacked.items()}, sizes):
+        return stacked
+    arrays = {name: decode.as_float(decoded, "cut along the wrong axis") for name, decoded in stacked.items()}
+    gate, up = mx.split(mx.concatenate([arrays["gate_proj"], arrays["up_proj"]], -2), 2, -1)
+    whole = {"gate_proj": gate, "up_proj": up, "down_proj": arrays["down_proj"]}
+    return {projection: Decoded({"weight": as_out_in(array)}) for projection, array in whole.items()}
+
+
+def is_miscut(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> bool:
+    """Whether stacked experts were cut along the wrong axis; raises `CheckpointError` for shapes of neither kind."""
+    e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
+    good: Shapes = {"gate_up_proj": (e, 2 * i, h), "gate_proj": (e, i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}
+    wrong: Shapes = {"gate_proj": (e, h // 2, 2 * i), "up_proj": (e, h // 2, 2 * i), "down_proj": (e, i, h)}
+    # One of the two kinds of shapes may coincide (H = 2I or H = I), never both.
+    for projection, shape in shapes.items():
+        if shape != good[projection]:
+            if shapes == wrong:
+                return True
+            raise CheckpointError(
+                f"{mlp}.experts.0.{projection}.weight: expected the shape {list(good[projection][1:])}, "
+                f"found {list(shape[1:])}. "
+                "Are hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
+            )
+    return False
+
+
+def miscut(half: int, gate: mx.array, up: mx.array) -> mx.array:
+    """The inverse of `rejoined` for what was cut along the wrong axis: an upper or lower half ``[…, H/2, 2I]``."""
+    return mx.split(_joined_turned(gate, up), 2, -2)[half]
+
+
+def unstack(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> dict[str, Part]:
+    """The inverse of `stack` and `rejoined`: one tensor an expert, by their paths.
+
+    Args:
+        shapes: of the stored tensors, with the number of experts in front.
+    """
+    gate, up, down = (f"{mlp}.switch_mlp.{projection}" for projection in PROJECTIONS)
+    parts = {
+        "gate_up_proj": Part((gate, up), join),
+        "gate_proj": Part((gate,)),
+        "up_proj": Part((up,)),
+        "down_proj": Part((down,)),
+    }
+    if is_miscut(mlp, shapes, sizes):
+        parts = {
+            "gate_proj": Part((gate, up), partial(miscut, 0)),
+            "up_proj": Part((gate, up), partial(miscut, 1)),
+            "down_proj": Part((down,), turned),
+        }
+    return {
+        f"{mlp}.experts.{expert}.{projection}": parts[projection]._replace(row=expert)
+        for projection in shapes
+        for expert in range(sizes["num_experts"])
+    }

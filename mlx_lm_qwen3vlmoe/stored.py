@@ -1,0 +1,149 @@
+"""Tensors where they lie: in the safetensors files of a folder, read in rows, so that none is whole in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import mlx.core as mx
+
+from .errors import CheckpointError
+from .headers import Header
+from .names import shortened
+
+# The format's names for what MLX has (https://github.com/huggingface/safetensors#format).
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+FLOATS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # and the bits of infinity
+_AT_ONCE = 32_000_000  # bytes
+
+
+class Stored(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        begin, end: where its data lie in the file, in bytes from its start.
+        dtype: as the format names it.
+    """
+
+    file: Path
+    begin: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def mlx_dtype(self) -> mx.Dtype:
+        return _DTYPES[self.dtype]
+
+    @property
+    def bits(self) -> mx.Dtype:
+        """The unsigned integers of its size, to move what it holds without a change."""
+        return mx.uint32 if self.mlx_dtype.size == 4 else mx.uint16
+
+    def rows(self, first: int, last: int) -> mx.array:
+        """Rows of the first axis, ``[last - first, …]``."""
+        width = (self.end - self.begin) // self.shape[0]
+        with self.file.open("rb") as file:
+            file.seek(self.begin + first * width)
+            data = file.read((last - first) * width)
+        if len(data) != (last - first) * width:
+            raise OSError(f"{self.file}: it has become shorter while it was read")
+        content: Any = memoryview(data)
+        return mx.array(content).view(self.mlx_dtype).reshape(last - first, *self.shape[1:])
+
+
+def all_finite(bits: mx.array, dtype: str) -> bool:
+    """Whether floats, given as their bits, have neither infinities nor NaN: eight times as fast as `mx.isfinite`."""
+    without_sign: Any = (bits & ((1 << 8 * bits.dtype.size - 1) - 1)).max().item()
+    return without_sign < FLOATS[dtype]
+
+
+def steps(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """First and last rows of pieces of about 32 MB, of so many rows that have ``size`` bytes in all."""
+    step = max(1, rows * _AT_ONCE // max(size, 1))
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def copy(source: BinaryIO, target: BinaryIO, size: int) -> Iterator[int]:
+    """Copy so many bytes from where both files stand; yields how many at a time."""
+    while size:
+        data = source.read(min(size, _AT_ONCE))
+        if not data:
+            raise OSError(f"{source.name}: it has become shorter while it was read")
+        target.write(data)
+        size -= len(data)
+        yield len(data)
+
+
+def stored(folder: Path, headers: dict[str, Header]) -> dict[str, Stored]:
+    """Every tensor of a folder's files, by name.
+
+    Raises:
+        CheckpointError: a file is cut short or contradicts its header, two files have the same tensor, or the index
+            names what is not there.
+    """
+    found: dict[str, Stored] = {}
+    for name, header in headers.items():
+        path = folder / name
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        last = start
+        for tensor, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
+            begin, end = (start + offset for offset in _offsets(path, tensor, entry))
+            if begin < last or end < begin or end > size:
+                raise CheckpointError(
+                    f"{path}: {shortened(tensor)}: expected data of its own within the {size} bytes of the file, found "
+                    f"bytes {begin} to {end}, after others up to {last}. Download the file again."
+                )
+            if tensor in found:
+                raise CheckpointError(
+                    f"{shortened(tensor)}: expected in one file, found in {found[tensor].file.name} and {name}. Remove "
+                    "the file that a second tool left in the folder."
+                )
+            last = end
+            found[tensor] = Stored(path, begin, end, entry["dtype"], _shape(path, tensor, entry, end - begin))
+    _check_index(folder, found)
+    return found
+
+
+def _offsets(path: Path, tensor: str, entry: dict[str, Any]) -> tuple[int, int]:
+    offsets = entry["data_offsets"]
+    if isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets):
+        return offsets[0], offsets[1]
+    raise CheckpointError(
+        f"{path}: {shortened(tensor)}: data_offsets: expected two positions, found {reprlib.repr(offsets)}. Download "
+        "the file again."
+    )
+
+
+def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[int, ...]:
+    shape, dtype = entry["shape"], entry["dtype"]
+    good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
+    if good and (dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size):
+        return tuple(shape)
+    raise CheckpointError(
+        f"{path}: {shortened(tensor)}: expected {size} bytes, found the shape {reprlib.repr(shape)} of "
+        f"{reprlib.repr(dtype)}. Download the file again."
+    )
+
+
+def _check_index(folder: Path, found: dict[str, Stored]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        files: dict[str, Any] = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, TypeError, KeyError) as e:
+        raise CheckpointError(f"{index}: expected a weight_map of tensors, found {e!r}. Download it again.") from e
+    for tensor, file in files.items():
+        where = found[tensor].file.name if tensor in found else "nowhere"
+        if file != where:
+            raise CheckpointError(
+                f"{index.name}: {shortened(tensor)}: expected in {shortened(repr(file))}, as the index says, found "
+                f"{where}. Download the files that are missing."
+            )

@@ -1,0 +1,93 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import CheckpointError
+
+
+def check_free(out: Path) -> None:
+    """Raise `CheckpointError` where there is anything but an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: expected nothing, or an empty folder, found files. Choose another --save-path.")
+
+
+@contextlib.contextmanager
+def whole(out: Path, size: int) -> Iterator[Path]:
+    """A folder to write to, beside ``out``, that becomes ``out`` at the end, or is removed with whatever went wrong.
+
+    SIGTERM and SIGHUP count as that. After SIGKILL it stays, under its own name.
+
+    Args:
+        size: the bytes that will be written.
+
+    Raises:
+        CheckpointError: ``out`` is there and not empty, the disk has no room, or another run writes or was killed.
+    """
+    check_free(out)
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out.parent).free) < size:
+        raise CheckpointError(
+            f"{out}: expected {size / 1e9:.3f} GB of free space, found {free / 1e9:.3f} GB. Choose another --save-path."
+        )
+    partial = out.with_name(f"{out.name}.unfinished")
+    with _signals_as_exceptions():
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            raise CheckpointError(
+                f"{partial}: expected nothing, found what another run is writing, or one that was killed left behind. "
+                "Remove it, if there is none."
+            ) from None
+        try:
+            yield partial
+            _sync(partial)
+            partial.rename(out)
+            _sync(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    # One that is ignored (nohup) or handled stays so.
+    ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, leave)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Have the disk keep what is written to a file, so that its name never stands for less."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk keep the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

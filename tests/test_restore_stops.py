@@ -1,0 +1,97 @@
+"""What is left of a `restore` that is stopped, killed or out of room: nothing that looks finished."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CLEAN, run
+from test_restore import pair_in, refusal
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    return pair_in(tmp_path)
+
+
+HALFWAY = """
+import sys, time
+from mlx_lm_qwen3vlmoe import __main__, restoring
+write = restoring._write
+def slowly(*arguments):
+    for number, done in enumerate(write(*arguments)):
+        if number == 30:
+            print("half", flush=True)
+            time.sleep(60)
+        yield done
+restoring._write = slowly
+__main__.main(["restore", *sys.argv[1:]])
+"""
+
+
+def halfway(*arguments: object) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALFWAY, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=CLEAN,
+    )
+    assert process.stdout.readline() == "half\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stop_leaves_nothing(number, status, pair, tmp_path):
+    process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    assert (tmp_path / "out.unfinished" / "model.safetensors").exists()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "tuned"]
+
+
+def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(pair, tmp_path):
+    process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    process.kill()
+    process.communicate(timeout=30)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished" / "config.json").exists()  # without which nothing loads it
+    message = refusal(*pair, tmp_path / "out")
+    assert "out.unfinished: expected nothing, found what another run is writing, or one that was killed left" in message
+
+
+def test_two_runs_at_a_time_do_not_mix(pair, tmp_path):
+    process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    try:
+        assert "another run is writing" in refusal(*pair, tmp_path / "out")
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(pair, tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "GB of free space, found 0.000 GB" in refusal(*pair, tmp_path / "out")
+
+
+def test_a_disk_that_becomes_full_leaves_nothing(pair, tmp_path):
+    """The limit on the size of files stands for it: the same error of the same call."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from mlx_lm_qwen3vlmoe import restoring, __main__\n"
+        "real = restoring.Original\n"
+        "__main__.main(['restore', *sys.argv[1:]])"
+    )
+    arguments = (pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    done = run(sys.executable, "-c", code, *arguments, check=False)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "tuned"]
