@@ -119,7 +119,9 @@ def test_verbose_adds_aligned_lines_of_what_the_verdict_comes_from(installed):
     assert details["start-up"] == f"{installed.site / STARTUP}, the finder of mlx_lm_qwen3vlmoe.registry"
     assert details["MLX_LM_PLUGINS"] == "'mlx-lm-qwen3vlmoe'"
     assert details["served by"] == f"mlx_lm_qwen3vlmoe.model ({package / 'model.py'})"
-    assert details["plug-in"] == f"mlx-lm-qwen3vlmoe {__version__}: qwen3_vl_moe = mlx_lm_qwen3vlmoe.model"
+    for model_type in ("qwen3_vl_moe", "qwen3_vl_moe_text"):
+        claim = f"{'plug-in':<14}  mlx-lm-qwen3vlmoe {__version__}: {model_type} = mlx_lm_qwen3vlmoe.model"
+        assert claim in lines
     assert details["error"] == "none"
 
 

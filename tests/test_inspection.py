@@ -212,20 +212,21 @@ class Hub(BaseHTTPRequestHandler):
     """A hub that has the tiny model, and counts the bytes of tensors' files that it is asked for."""
 
     served = 0
+    model = "some/model"
 
     def do_HEAD(self):
         self.do_GET(body=False)
 
     def do_GET(self, body: bool = True):
         path = self.path.split("?")[0]
-        if "some/model" not in path:
+        if self.model not in path:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", "0")
             return self.end_headers()
         files = [{"type": "file", "path": f.name, "rfilename": f.name, "size": 1, "oid": "0"} for f in TINY.iterdir()]
         if path.startswith("/api/models/"):
-            answer = files if "/tree/" in path else {"id": "some/model", "sha": "0" * 40, "siblings": files}
+            answer = files if "/tree/" in path else {"id": self.model, "sha": "0" * 40, "siblings": files}
             return self.answer(json.dumps(answer).encode(), body)
         file = TINY / path.rpartition("/")[2]
         if not file.is_file():
