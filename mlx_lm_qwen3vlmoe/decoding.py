@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .lazy import in_pieces
 from .names import module_name
 from .packed import check_packed
-from .quantization import Decoded, Layer, Tensors
+from .quantization import ACT_ORDER, Decoded, Layer, Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Decoder:
         if not quantization.is_foreign(tensors):
             return self._mlx(path, tensors)
         whole = self._counted(tensors, self._foreign(path, tensors, (experts,)))
-        if not whole.tensors:
+        if not whole.tensors or whole.why_float == ACT_ORDER:  # what a piece of that becomes, its values decide
             return whole
 
         def some(part: slice) -> Tensors:

@@ -9,12 +9,12 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, ROOT, TINY
+from conftest import OURS, QUANTIZED, ROOT, TINY
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_model, quantize_model, save_model
+from mlx_lm.utils import load_config, load_model, quantize_model, save_model
 
-from mlx_lm_qwen3vlmoe import lazy
+from mlx_lm_qwen3vlmoe import Model, ModelArgs, lazy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from true_size import Sizes, write
@@ -88,6 +88,39 @@ def test_a_large_projection_is_quantized_in_pieces_to_the_same_values():
     found = lazy.in_pieces(48, lambda part: dict(zip(names, mx.quantize(weight[part], 64, 4), strict=True)))
     for name, array in zip(names, mx.quantize(weight, 64, 4), strict=True):
         assert mx.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("name", sorted(file.parent.name for file in QUANTIZED.glob("*/golden.safetensors")))
+def test_experts_one_by_one_become_what_all_at_once_do(name, monkeypatch):
+    def parameters(piece: int):
+        monkeypatch.setattr(lazy, "_PIECE", piece)
+        model, config = load_model(QUANTIZED / name, lazy=True)
+        return dict(tree_flatten(model.parameters())), config
+
+    (whole, config), (pieces, other) = parameters(1 << 30), parameters(1)
+    assert config == other
+    assert whole.keys() == pieces.keys()
+    for path, array in whole.items():
+        assert pieces[path].dtype == array.dtype, path
+        assert mx.array_equal(pieces[path], array, equal_nan=True), path
+
+
+@pytest.mark.parametrize("ordered", [0, 1, 2])
+def test_act_order_of_some_experts_makes_all_of_them_float(ordered, monkeypatch):
+    """Whatever of them are decoded together."""
+    monkeypatch.setattr(lazy, "_PIECE", 1)
+    folder = QUANTIZED / "gptq-w4-actorder"
+    weights = mx.load(str(folder / "model.safetensors"))
+    config = load_config(folder)
+    expected = Model(ModelArgs.from_dict(copy.deepcopy(config))).sanitize(weights)
+    name = next(name for name in weights if name.endswith(f"experts.{ordered}.up_proj.g_idx"))
+    size = config["quantization_config"]["group_size"]
+    weights[name] = mx.arange(weights[name].size, dtype=mx.int32) // size
+    found = Model(ModelArgs.from_dict(config)).sanitize(weights)
+    path = next(name for name in found if name.endswith("switch_mlp.up_proj.weight"))
+    assert found[path].dtype == expected[path].dtype
+    others = [n for n in range(found[path].shape[0]) if n != ordered]
+    assert mx.array_equal(found[path][mx.array(others)], expected[path][mx.array(others)])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -285,7 +285,9 @@ def test_the_original_may_be_a_repository_on_the_hub_or_in_its_cache(tmp_path):
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_DISABLE_XET": "1"}
     try:
-        command(made, "--original", "some/model", "--save-path", tmp_path / "1", env=environment | {"HF_HUB_OFFLINE": "0"})
+        command(
+            made, "--original", "some/model", "--save-path", tmp_path / "1", env=environment | {"HF_HUB_OFFLINE": "0"}
+        )
     finally:
         server.shutdown()
     command(made, "--original", "some/model", "--save-path", tmp_path / "2", env=environment)

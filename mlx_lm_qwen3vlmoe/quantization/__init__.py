@@ -28,9 +28,11 @@ from ..errors import CheckpointError
 from ..fields import check_kinds
 from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
 from .affine import common, dequantize
+from .gptq import ACT_ORDER
 from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors
 
 __all__ = [
+    "ACT_ORDER",
     "FAMILIES",
     "IGNORED",
     "Decoded",

@@ -29,6 +29,7 @@ METHODS = ("gptq",)
 DETAIL = "checkpoint_format"
 TENSORS = {"qweight", "qzeros", "g_idx"}
 TURNED = {"qweight"}
+ACT_ORDER = "act-order"  # why a layer is float
 FORMATS = (
     Format(
         "GPTQ, 2 to 8 bits, `gptq`, `gptq_v2` and `gptq_p`",
@@ -116,7 +117,7 @@ def in_order(
         layer.check(suffix, indices, (inputs,))
         order = group_order(layer, suffix, indices, groups, group_size_of(layer, inputs, groups, group_size))
         if order is not None:
-            return ungrouped(layer, words, scales, zeros, bits, order, "act-order")
+            return ungrouped(layer, words, scales, zeros, bits, order, ACT_ORDER)
     return affine(layer, words, scales, zeros, bits, group_size)
 
 
