@@ -57,7 +57,7 @@ bench-quick: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/run.py --quick
 
 # The 30B's true shapes, converted and run: an hour, up to 60 GB of disk, 24 GB of memory; writes its table in docs.
-bench-real: $(VENV)/test.stamp
+bench-real: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/real.py
 
 # Some layers of it, in 3 minutes; writes nothing.

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import plot
 from machine import described, fill_in, sentence
 from true_size import VOCABULARY, Sizes, size_of, tensors, write
 
@@ -164,6 +165,7 @@ def main() -> None:
     if not options.quick and options.layers == LAYERS:
         (HERE / "real.json").write_text(json.dumps(about | {"rows": run.rows}, indent=1) + "\n")
         fill_in("real size", text)
+        plot.main()
     sys.exit("\n".join(run.failed) or None)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import plot
 from checkpoints import Sizes, as_qwen3_moe, write
 from machine import described, fill_in, sentence
 
@@ -218,43 +219,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], file: Path) -> None:
-    """What is compared with another, in gray that can be read on white and on black."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "benchmarks", "font.size": 9})
-    mpl.rcParams |= {f"{part}.color": "#808890" for part in ("text", "xtick", "ytick")}
-    mpl.rcParams |= {"axes.edgecolor": "#808890", "axes.labelcolor": "#808890"}
-    panels = [[row for row in rows if row["against"] and row["higher"] is higher] for higher in (True, False)]
-    figure, axes = plt.subplots(
-        2, 1, figsize=(8, 0.9 + 0.3 * sum(map(len, panels))), height_ratios=[len(panel) + 1 for panel in panels]
-    )
-    titles = ("Rate, this package / other: higher is better", "Time or memory, this package / other: lower is better")
-    for axis, panel, title in zip(axes, panels, titles, strict=True):
-        ratios, places = [row["compared"] for row in panel], range(len(panel))
-        colors = [{True: "#2f9e6e", False: "#d9822b", None: "#808890"}[row.get("met")] for row in panel]
-        axis.barh(places, ratios, color=colors, height=0.6)
-        for place, row in enumerate(panel):
-            if row["target"] is not None:
-                axis.plot([row["target"]] * 2, [place - 0.42, place + 0.42], color="#d6409f", linewidth=2)
-            axis.annotate(f" {row['compared']:.2f}", (max(row["compared"], row["target"] or 0), place), va="center")
-        axis.axvline(1, color="#808890", linewidth=0.8, linestyle=":")
-        names = {contender: name.replace("`", "") for contender, name in CONTENDERS.items()}
-        labels = [f"{row['figure'].replace('`', '')} / {names[row['against']]}" for row in panel]
-        axis.set_yticks(places, labels)
-        axis.invert_yaxis()
-        axis.set_title(title + " (bar: target)", loc="left", fontsize=9, color="#808890")
-        axis.set_xscale("log" if row["higher"] else "linear")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.12)
-    figure.tight_layout()
-    figure.savefig(file, transparent=True, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, no mlx-vlm: a few minutes")
@@ -268,7 +232,7 @@ def main() -> None:
     ask = "from importlib.metadata import version; print(version('mlx-vlm'))"
     asked = subprocess.run([options.mlx_vlm, "-c", ask], capture_output=True, text=True)
     options.vlm_version = "" if options.quick else asked.stdout.strip()
-    complete = not (options.quick or options.only or options.layers or options.experts or options.rounds)
+    complete = not (options.quick or options.only or options.layers or options.experts)
     if complete and not find_spec("matplotlib"):
         parser.error("the plot needs matplotlib: pip install matplotlib")
     if not options.quick and not options.vlm_version:
@@ -282,7 +246,7 @@ def main() -> None:
     if complete:
         (HERE / "results.json").write_text(json.dumps(report, indent=1) + "\n")
         fill_in("figures", text)
-        plot(rows, ROOT / "docs" / "benchmarks.svg")
+        plot.main()
     certain = [row for row in rows if row["certain"] is not None and row["compared"] > row["certain"]]
     failed += [f"{row['figure']}: {row['compared']:.3g}, at most {row['certain']:g} allowed" for row in certain]
     sys.exit("\n".join(failed) or None)
