@@ -25,8 +25,8 @@ def plot(report: dict, real: dict, file: Path) -> None:
     sizes = [len(panel) + 1.5 for panel in (*panels, real["rows"])]
     figure, axes = plt.subplots(3, 1, figsize=(8, 2 + 0.25 * sum(sizes)), height_ratios=sizes, layout="constrained")
     titles = (
-        "Rate, this package / other: further right is better",
-        "Time or memory, this package / other: left is better",
+        "Rate, this package / other: more is better",
+        "Time or memory, this package / other: less is better",
     )
     for axis, panel, title in zip(axes, panels, titles, strict=False):
         for place, row in enumerate(panel):
@@ -63,7 +63,7 @@ def plot(report: dict, real: dict, file: Path) -> None:
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle("mlx-lm-qwen3vlmoe on a CPU", color=GRAY, fontsize=12, fontweight="bold")
-    figure.supxlabel(_caption(report, real), fontsize=7, color=GRAY)
+    axis.set_xlabel(_caption(report, real), fontsize=7, labelpad=10, ha="right", x=1)
     figure.savefig(file, transparent=True, metadata={"Date": None})
 
 

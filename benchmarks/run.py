@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import mlx.core as mx
 import plot
 from checkpoints import Sizes, as_qwen3_moe, write
 from machine import described, fill_in, sentence
@@ -59,17 +60,18 @@ def figures() -> list[Figure]:
         Figure("Load, float32", "float32", "load", "s", min, "host"),
         Figure("Load, bfloat16", "bfloat16", "load", "s", min, "host", 1.8),
     ]
-    for precision in ("float32", "4 bits", "8 bits"):
-        rows.append(Figure(f"Prefill, {precision}", precision, "prefill", "tokens/s", max, "native", 0.97))
-        rows.append(Figure(f"Decode, {precision}", precision, "decode", "tokens/s", max, "native", 0.97))
+    packed = 6 if mx.default_device() == mx.cpu else 0.97  # whose kernels for packed weights want float32
+    for precision, bound in (("float32", 0.97), ("4 bits", packed), ("8 bits", packed)):
+        rows.append(Figure(f"Prefill, {precision}", precision, "prefill", "tokens/s", max, "native", bound))
+        rows.append(Figure(f"Decode, {precision}", precision, "decode", "tokens/s", max, "native", bound))
     rows += [
         Figure("Decode, float32", "float32", "decode", "tokens/s", max, "host", 15),
         Figure("LoRA, 4 bits", "lora", "lora", "steps/s", max, "native"),
     ]
     for layout in ("official", "per_expert", "fp8"):
-        against = ("host", 1.0) if layout == "official" else ()
-        rows.append(Figure(f"`convert -q`, {layout}", f"convert {layout}", "convert", "s", min, *against))
-        rows.append(Figure(f"`convert -q`, {layout}: peak", f"convert {layout}", "peak", "GB", min, *against))
+        wall, peak = (("host", 1.1), ("host", 0.8)) if layout == "official" else ((), ())
+        rows.append(Figure(f"`convert -q`, {layout}", f"convert {layout}", "convert", "s", min, *wall))
+        rows.append(Figure(f"`convert -q`, {layout}: peak", f"convert {layout}", "peak", "GB", min, *peak))
         rows.append(Figure(f"`convert -q`, {layout}: peak / 16 bits", f"convert {layout}", "peak_share", ""))
     for dtype in ("float32", "bfloat16"):
         for n in LAYERS:
