@@ -64,7 +64,8 @@ def inspect(
             with _noting(notes if bits is None else []):
                 model, config = hollow_model(folder, headers)
             if bits is not None:
-                model, report["convert_bytes"] = _converted(model, config, bits)
+                scattered = report["quantization"] != "none" and report["layout"].startswith("one tensor an expert")
+                model, report["convert_bytes"] = _converted(model, config, bits, scattered)
             report |= _plan(model, ranks, context)
         # of the package, or of the host where it stops first
         except (ValueError, KeyError, TypeError, RuntimeError) as e:
@@ -79,12 +80,12 @@ def hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[st
         return load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
 
 
-def _converted(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, int | None]:
+def _converted(model: Any, config: dict[str, Any], bits: int, scattered: bool) -> tuple[Any, int | None]:
     """What ``mlx_lm.convert -q`` makes of a model, and what it takes for that; None where it was not measured."""
     floats = device() == mx.cpu and not any(hasattr(module, "bits") for module in model.modules())
     before = planning.by_layer(model)
     model = planning.quantized(model, config, bits)
-    peak = planning.conversion_peak(before, planning.memory(model)["weights_bytes"])
+    peak = planning.conversion_peak(before, planning.memory(model)["weights_bytes"], scattered)
     return model, peak if floats else None
 
 
@@ -173,7 +174,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [("", f"{_size(size)} {name}") for name, size in report["formats"].items()]
     if "convert_bytes" in report:
         peak = report["convert_bytes"]
-        known = f"{_size(peak)} at its peak" if peak else "unknown: measured for floats and FP8 on a CPU only"
+        known = f"{_size(peak)} at most" if peak else "unknown: measured for floats and FP8 on a CPU only"
         lines.append(("convert -q", known))
     lines.append(("cache", f"{_size(report['cache_bytes'])} at {report['context']} tokens"))
     if more := report["first_call_bytes"]:

@@ -50,16 +50,18 @@ def quantized(model: Any, config: dict[str, Any], bits: int) -> Any:
     return model
 
 
-def conversion_peak(before: dict[int, int], after: int) -> int:
-    """What ``mlx_lm.convert -q`` has in memory at most: the file that it saves, and the floats of a layer.
+def conversion_peak(before: dict[int, int], after: int, scattered: bool) -> int:
+    """What ``mlx_lm.convert -q`` has in memory at most: the file that it saves, and the floats of some layers.
 
-    As measured on the CPU, see docs/benchmarks.md: 1.0 to 1.1 of a layer, and 0.25 GB for Python and its modules.
+    As measured on the CPU, see docs/benchmarks.md: 1.0 to 1.1 of a layer, and 0.25 GB for Python and its modules; of
+    quantized experts that are stored one by one up to 2.6, as their many small arrays leave holes in the memory.
 
     Args:
         before: layer → the bytes of its weights as they are loaded.
         after: the bytes of the weights that are saved, in files of at most 5 GiB.
+        scattered: whether experts are stored one by one and quantized.
     """
-    return min(after, 5 << 30) + max(before.values()) * 11 // 10 + 250_000_000
+    return min(after, 5 << 30) + max(before.values()) * (26 if scattered else 11) // 10 + 250_000_000
 
 
 def by_layer(model: Any) -> dict[int, int]:
