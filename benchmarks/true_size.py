@@ -127,7 +127,10 @@ LAYOUTS: dict[str, tuple[Callable[[str, int, int], Tensors], dict | None]] = {
         _awq_marlin,
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "marlin", "zero_point": False},
     ),
-    "gptq": (_gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq"}),
+    "gptq": (
+        _gptq,
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq", "desc_act": False},
+    ),
     "compressed-tensors": (
         _compressed_tensors,
         _ct("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128),

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, QUANTIZED, TINY, run
+from conftest import FIXTURES, QUANTIZED, TINY, float32_config, run
 from mlx_lm import load
 from mlx_lm.utils import load_model
 
@@ -101,7 +101,7 @@ def refusal(folder: Path, kind: type[Exception] = CheckpointError) -> str:
 
 def logits_error(folder: Path, golden: Path) -> float:
     """The largest difference from torch's logits, relative to the largest of them, in float32."""
-    model, _ = load_model(folder, lazy=True)
+    model, _ = load_model(folder, lazy=True, model_config=float32_config(folder))
     model.set_dtype(mx.float32)
     expected = mx.load(str(golden / "golden.safetensors"))
     found = model(expected["ids"]).astype(mx.float32)
