@@ -54,7 +54,7 @@ def float32_config(checkpoint: Path) -> dict[str, object]:
     A checkpoint of 16 bits would otherwise be decoded to these.
     """
     text = json.loads((checkpoint / "config.json").read_text()).get("text_config")
-    return {"dtype": "float32"} | ({"text_config": text | {"dtype": "float32"}} if text else {})
+    return {"dtype": "float32"} | ({"text_config": text | {"dtype": "float32"}} if isinstance(text, dict) else {})
 
 
 class Environment:
