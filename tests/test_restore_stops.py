@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CLEAN, run
+from conftest import CLEAN, LIMIT, run
 from test_restore import pair_in, refusal
 
 
@@ -19,14 +19,16 @@ def pair(tmp_path) -> tuple[Path, Path]:
 
 
 HALFWAY = """
-import sys, time
+import signal, sys, time
 from mlx_lm_qwen3vlmoe import __main__, restoring
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever runs the tests may ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 write = restoring._write
 def slowly(*arguments):
     for number, done in enumerate(write(*arguments)):
         if number == 30:
             print("half", flush=True)
-            time.sleep(60)
+            time.sleep(300)
         yield done
 restoring._write = slowly
 __main__.main(["restore", *sys.argv[1:]])
@@ -50,7 +52,7 @@ def test_a_stop_leaves_nothing(number, status, pair, tmp_path):
     process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     assert (tmp_path / "out.unfinished" / "model.safetensors").exists()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == status
     assert "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "tuned"]
@@ -59,7 +61,7 @@ def test_a_stop_leaves_nothing(number, status, pair, tmp_path):
 def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(pair, tmp_path):
     process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=LIMIT)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.unfinished" / "config.json").exists()  # without which nothing loads it
     message = refusal(*pair, tmp_path / "out")
@@ -72,7 +74,7 @@ def test_two_runs_at_a_time_do_not_mix(pair, tmp_path):
         assert "another run is writing" in refusal(*pair, tmp_path / "out")
     finally:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=LIMIT)
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(pair, tmp_path, monkeypatch):
