@@ -213,8 +213,14 @@ def asked_server(command: str, folder: Path) -> str:
 RUN = [name for name in DOCUMENTS if any(not is_slow(name, text) for _, text in steps(name))]
 
 
-# The README's take long, and are those of test_commands.py.
-@pytest.mark.parametrize("document", [name for name in RUN if name != "README.md"] + thorough("README.md"))
+LONG = [
+    "README.md",
+    "fine-tuning.md",
+    "adapters.md",
+]  # they train, as do test_commands.py and test_adapters_commands.py
+
+
+@pytest.mark.parametrize("document", [name for name in RUN if name not in LONG] + thorough(*LONG))
 def test_the_commands_of_a_document_run_in_its_order(document, tmp_path, tiny_questions):
     folder = folder_for(tmp_path / "folder", tiny_questions)
     if document == "commands.md":  # its commands are slow, and its Python is not

@@ -9,7 +9,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, QUANTIZED, ROOT, TINY
+from conftest import OURS, QUANTIZED, ROOT, TINY, thorough
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_config, load_model, quantize_model, save_model
@@ -33,7 +33,7 @@ def quantized_ones(model) -> dict[str, object]:
     return {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")}
 
 
-@pytest.mark.parametrize("layout", ["official", "per-expert", "fp8", "fp8 fused", "nvfp4"])
+@pytest.mark.parametrize("layout", ["official", "fp8", *thorough("per-expert", "fp8 fused", "nvfp4")])
 def test_converting_has_the_floats_of_little_more_than_a_layer_in_memory(layout, tmp_path):
     """The host saves 5 GB at once, here the whole model, as a hash table orders it."""
     write(tmp_path / "source", SIZES, layout)
@@ -48,7 +48,9 @@ def test_converting_has_the_floats_of_little_more_than_a_layer_in_memory(layout,
     assert above < 1.5
 
 
-@pytest.mark.parametrize("layout", ["awq", "awq marlin", "awq gemv_fast", "gptq", "compressed-tensors", "mxfp4"])
+@pytest.mark.parametrize(
+    "layout", ["awq", *thorough("awq marlin", "awq gemv_fast", "gptq", "compressed-tensors", "mxfp4")]
+)
 def test_loading_packed_layers_takes_little_more_than_what_stays(layout, tmp_path):
     write(tmp_path / "source", SIZES, layout)
     before = mx.get_active_memory()

@@ -12,6 +12,8 @@ import pytest
 from conftest import CLEAN, LIMIT, run
 from test_restore import pair_in, refusal
 
+THOROUGH = pytest.mark.thorough
+
 
 @pytest.fixture
 def pair(tmp_path) -> tuple[Path, Path]:
@@ -47,7 +49,14 @@ def halfway(*arguments: object) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=THOROUGH),
+        pytest.param(signal.SIGHUP, 129, marks=THOROUGH),
+    ],
+)
 def test_a_stop_leaves_nothing(number, status, pair, tmp_path):
     process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     assert (tmp_path / "out.unfinished" / "model.safetensors").exists()
