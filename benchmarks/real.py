@@ -40,7 +40,7 @@ class Run:
         row = {"step": step, "layers": layers, "file": size / 1e9} | values
         if "inspect" in values:
             row["compared"] = values["peak"] / values["inspect"]
-            if row["compared"] > 1.2:
+            if values["peak"] > 1.2 * values["inspect"] + 0.3:  # with Python, which weighs where layers are few
                 self.failed.append(f"{step}: {values['peak']:.2f} GB, and inspect says {values['inspect']:.2f}")
         self.rows.append(row)
         print(
