@@ -63,6 +63,8 @@ def meaning(path: tuple[Any, ...], value: Any) -> str:
     """The excuse for a field's new value (None: gone), if it has one."""
     if "quantization_config" in path and (described := [name for name in path if name in DESCRIBED]):
         return DESCRIBED[described[-1]]
+    if path[-1:] == ("dtype",) and path[1:-1] in ((), ("text_config",)):  # of one that is not known, bfloat16
+        return "the type that floats are decoded to, and rounded"
     names = [name for name in path if name in MEANINGS]
     if not names or path[1:2] == ("vision_config",):
         return ""
