@@ -38,5 +38,7 @@ def fill_in(mark: str, text: str) -> None:
     """Replace what stands between two marks in docs/benchmarks.md."""
     page = DOCS / "benchmarks.md"
     before, start, rest = page.read_text().partition(f"<!-- {mark} -->\n")
-    end = f"\n<!-- /{mark} -->"
-    page.write_text(before + start + text + end + rest.partition(end)[2])
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    assert start, mark
+    assert end, mark
+    page.write_text(f"{before}{start}{text}\n{end}{after}")
