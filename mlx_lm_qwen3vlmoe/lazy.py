@@ -47,6 +47,9 @@ class Turns:
     def __init__(self) -> None:
         self.last: mx.array | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turns, ()  # a copy has turns of its own
+
     def take(self, model: nn.Module) -> None:
         """From now on, the modules of a model are quantized in turn, experts a few at a time."""
         for module in model.modules():
@@ -99,7 +102,7 @@ class InTurn:
         return inspect.signature(type(module).to_quantized.__get__(module))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InTurn:
-        return InTurn(copy.deepcopy(self.module(), memo), self.turns)
+        return InTurn(copy.deepcopy(self.module(), memo), copy.deepcopy(self.turns, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return InTurn, (self.module(), self.turns)
