@@ -57,7 +57,7 @@ class Decoder:
         def some(part: slice) -> Tensors:
             return self._foreign(path, stored(part), (part.stop - part.start,)).tensors
 
-        return whole._replace(tensors=in_pieces(experts, some))
+        return whole._replace(tensors=in_pieces(whole.tensors, some))
 
     def _counted(self, stored: Tensors, decoded: Decoded) -> Decoded:
         if decoded.why_float:

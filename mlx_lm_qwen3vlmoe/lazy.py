@@ -22,13 +22,14 @@ _ARRAYS = 8  # of what depends on more than about twenty arrays, `mx.eval` begin
 _PIECE = 1 << 24  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
-def in_pieces(experts: int, function: Callable[[slice], Arrays]) -> Arrays:
-    """``function`` of all experts, put together from what it has for a few of them at a time.
+def in_pieces(whole: Arrays, function: Callable[[slice], Arrays]) -> Arrays:
+    """``whole``, put together from what ``function`` has for a few experts at a time.
 
     Args:
-        function: a range of experts → arrays ``[experts, …]``, not evaluated.
+        whole: arrays ``[experts, …]``, not evaluated: ``function`` of all experts.
+        function: a range of experts → such arrays.
     """
-    whole = function(slice(0, experts))
+    experts = len(next(iter(whole.values())))
     step = max(1, _PIECE * experts // sum(array.nbytes for array in whole.values()))
     if step >= experts:
         return whole
@@ -90,7 +91,7 @@ class InTurn:
                     some = quantized(weight[part])
                     return {name: some[name] for name in names}
 
-                result.update(in_pieces(len(weight), of))
+                result.update(in_pieces({name: result[name] for name in names}, of))
         finally:
             module["weight"] = stored
         self.turns.end(result["weight"])

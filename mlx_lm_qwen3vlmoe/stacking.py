@@ -128,7 +128,7 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
 
         if is_foreign(first):
             return _with_weight(paths[0], decode.of_experts(paths[0], len(paths), stored))
-        return _with_weight(paths[0], decode(paths[0], in_pieces(len(paths), stored)))
+        return _with_weight(paths[0], decode(paths[0], in_pieces(stored(slice(0, len(paths))), stored)))
     single = [_with_weight(each, decode(each, experts[n])) for n, each in enumerate(paths)]
     shapes = [_shape(each) for each in single]
     ((most, _),) = Counter(shapes).most_common(1)
