@@ -20,7 +20,7 @@ import plot
 from machine import described, fill_in, sentence
 from true_size import VOCABULARY, Sizes, size_of, tensors, write
 
-from mlx_lm_qwen3vlmoe.inspection import inspect
+from mlx_lm_qwen3vlmoe.inspection.report import inspect
 
 HERE = Path(__file__).resolve().parent
 LAYERS, BUDGET, MARGIN = 48, 60e9, 4e9  # of the 30B; bytes of disk; what is left free

@@ -11,8 +11,8 @@ _HOMES = {
     "Model": "model",
     "ModelArgs": "model",
     "PluginError": "registry",
-    "get_model_classes": "claims",
-    "install": "claims",
+    "get_model_classes": "discovery.claims",
+    "install": "discovery.claims",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .claims import NAME
+from .discovery.claims import NAME
 
 EXAMPLES = """\
 examples:
@@ -66,14 +66,14 @@ def _inspect(commands: Any) -> None:
 
     def do(parsed: argparse.Namespace) -> None:
         _need_mlx_lm()
-        from . import inspection
         from .errors import CheckpointError
+        from .inspection.report import inspect, render
 
         try:
-            report = inspection.inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
+            report = inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
         except (CheckpointError, OSError) as e:
             sys.exit(str(e))
-        print(json.dumps(report, indent=2) if parsed.json else inspection.render(report))
+        print(json.dumps(report, indent=2) if parsed.json else render(report))
         sys.exit(report["error"] is not None)
 
     parser.set_defaults(do=do)
@@ -94,7 +94,7 @@ def _doctor(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all of it")
 
     def do(parsed: argparse.Namespace) -> None:
-        from . import diagnosis
+        from .discovery import diagnosis
 
         report = diagnosis.diagnose(parsed.type)
         print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report, parsed.verbose))
@@ -115,7 +115,7 @@ def _run(commands: Any) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
 
     def do(parsed: argparse.Namespace) -> None:
-        from . import claims
+        from .discovery import claims
 
         claims.install()
         _need_mlx_lm()
@@ -139,11 +139,11 @@ def _restore(commands: Any) -> None:
 
     def do(parsed: argparse.Namespace) -> None:
         _need_mlx_lm()
-        from . import restoring
         from .errors import CheckpointError
+        from .restoring.restore import restore
 
         try:
-            counts = restoring.restore(parsed.tuned, parsed.original, parsed.save_path)
+            counts = restore(parsed.tuned, parsed.original, parsed.save_path)
         except (CheckpointError, OSError) as e:
             sys.exit(str(e))
         except KeyboardInterrupt:
@@ -180,7 +180,7 @@ def _adapters(commands: Any) -> None:
 
 def _need_mlx_lm() -> None:
     """One line instead of a traceback."""
-    from . import diagnosis
+    from .discovery import diagnosis
 
     if why := diagnosis.why_no_host():
         sys.exit(why)

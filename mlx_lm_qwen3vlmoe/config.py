@@ -27,9 +27,8 @@ from typing import Any
 from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
-from .description import take_quantization
-from .errors import CheckpointError
-from .fields import LARGEST, check_positive, config_error
+from .errors import LARGEST, CheckpointError, check_positive, config_error
+from .quantization.description import take_quantization
 
 logger = logging.getLogger(__name__)
 

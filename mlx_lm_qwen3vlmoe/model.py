@@ -23,9 +23,10 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import __version__, backend, lazy, parallel
+from . import __version__
 from .config import ModelArgs
 from .errors import CheckpointError, HostError
+from .runtime import backend, lazy, parallel
 from .sanitize import check_shapes, sanitize
 
 logger = logging.getLogger(__name__)

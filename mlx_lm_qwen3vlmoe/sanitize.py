@@ -26,14 +26,14 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from .config import ModelArgs
-from .decoding import Decoder
-from .description import record_quantization
 from .errors import CheckpointError, MissingTensorError
-from .experts import check_orientations, gather
-from .names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened
-from .packed import check_packed, shape_error
+from .layouts.decoding import Decoder
+from .layouts.experts import check_orientations, gather
+from .layouts.names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened
+from .layouts.stacking import Layers, Part
 from .quantization import Decoded, Parameters
-from .stacking import Layers, Part
+from .quantization.description import record_quantization
+from .quantization.packed import check_packed, shape_error
 
 Weights = dict[str, mx.array]
 T = TypeVar("T")  # an array, or where one is stored

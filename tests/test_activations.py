@@ -15,7 +15,8 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, quantize_model
 
-from mlx_lm_qwen3vlmoe import Model, backend, get_model_classes
+from mlx_lm_qwen3vlmoe import Model, get_model_classes
+from mlx_lm_qwen3vlmoe.runtime import backend
 
 pytestmark = [
     pytest.mark.skipif(mx.default_device() != mx.cpu, reason="other backends are as fast in 16 bits"),

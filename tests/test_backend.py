@@ -18,7 +18,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from test_sanitize import E, H, I, L, args, official
 
-from mlx_lm_qwen3vlmoe import Model, backend, get_model_classes
+from mlx_lm_qwen3vlmoe import Model, get_model_classes
+from mlx_lm_qwen3vlmoe.runtime import backend
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="other backends multiply 16 bits")
 PROMPT = mx.array([[1, 7, 3, 2]])

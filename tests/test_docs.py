@@ -27,8 +27,9 @@ from conftest import CLEAN, LIMIT, ROOT, TINY, run, thinking_model, thorough
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-import mlx_lm_qwen3vlmoe.backend
+import mlx_lm_qwen3vlmoe
 from mlx_lm_qwen3vlmoe import quantization
+from mlx_lm_qwen3vlmoe.runtime import backend
 
 BIN = Path(sys.executable).parent
 DOCUMENTS = {file.name: file for folder in (ROOT, ROOT / "docs") for file in sorted(folder.glob("*.md"))}
@@ -409,7 +410,7 @@ def test_a_tensor_in_64_bits_gives_the_message(tmp_path):
 def test_experts_in_16_bits_on_the_cpu_give_the_message():
     if mx.default_device() != mx.cpu:
         pytest.skip("this is about the CPU")
-    with mlx_lm_qwen3vlmoe.backend.planned(mx.Device(mx.gpu)):
+    with backend.planned(mx.Device(mx.gpu)):
         model, _ = load_model(TINY)
     (message,) = [m for m in REAL if "GatherMM" in m]
     assert message in HEADINGS

@@ -149,7 +149,8 @@ def test_a_finder_that_other_code_installed_is_one_by_hand(fresh):
 def test_the_start_file_is_what_python_3_15_reads(fresh):
     (fresh.site / STARTUP).unlink()
     done = fresh.run(
-        "from mlx_lm_qwen3vlmoe import diagnosis, registry; registry.install()\n"
+        "from mlx_lm_qwen3vlmoe import registry; registry.install()\n"
+        "from mlx_lm_qwen3vlmoe.discovery import diagnosis\n"
         "diagnosis._SUFFIXES = ('.start', '.pth')\n"
         "print(diagnosis.diagnose()['hook']['how'])"
     )

@@ -17,9 +17,9 @@ import pytest
 from conftest import FIXTURES, QUANTIZED, TINY, run, thorough
 from hollow import AWQ, BIG, FP8, awq, bf16, fp8, swapped, tensors, write, write_config
 
-import mlx_lm_qwen3vlmoe.headers
 from mlx_lm_qwen3vlmoe import CheckpointError
-from mlx_lm_qwen3vlmoe.inspection import inspect, render
+from mlx_lm_qwen3vlmoe.files import headers
+from mlx_lm_qwen3vlmoe.inspection.report import inspect, render
 
 THOROUGH = pytest.mark.thorough
 CAN_SHARD = hasattr(mlx_lm.models.qwen3_moe.Model, "shard")
@@ -314,7 +314,7 @@ def test_a_repository_that_cannot_be_reached_is_one_line(tmp_path):
 def test_a_path_that_is_no_folder_never_gets_to_the_hub(path, tmp_path, monkeypatch):
     """Nor does a folder without a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mlx_lm_qwen3vlmoe.headers, "_hub_headers", None)
+    monkeypatch.setattr(headers, "_hub_headers", None)
     expected = "no such folder. A repository on the hub has a name like owner/model."
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {expected if path != '.' else EMPTY}")):
         inspect(path)

@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_config, load_model, quantize_model, save_model
 
-from mlx_lm_qwen3vlmoe import Model, ModelArgs, lazy
+from mlx_lm_qwen3vlmoe import Model, ModelArgs
+from mlx_lm_qwen3vlmoe.runtime import lazy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from true_size import Sizes, write

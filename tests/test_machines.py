@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import ROOT
 from hollow import AWQ, BIG, FP8, MIDDLING, MLX, awq, bf16, fp8, mlx, tensors, vision, write, write_config
 
-from mlx_lm_qwen3vlmoe.inspection import inspect
+from mlx_lm_qwen3vlmoe.inspection.report import inspect
 
 MACHINES = (24, 32, 64, 128, 512)  # gigabytes of 2^30 bytes, as Macs are sold
 SHARE = 3 / 4  # of the memory, for the model and its cache

@@ -19,7 +19,7 @@ from conftest import ROOT, build, run
 from markdown_it import MarkdownIt
 
 import mlx_lm_qwen3vlmoe
-from mlx_lm_qwen3vlmoe.claims import MODEL_TYPES
+from mlx_lm_qwen3vlmoe.discovery.claims import MODEL_TYPES
 
 STARTUP = "import mlx_lm_qwen3vlmoe.registry; mlx_lm_qwen3vlmoe.registry.install()\n"
 START = "mlx_lm_qwen3vlmoe.registry:install\n"

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_config
 from mlx_lm_qwen3vlmoe import CheckpointError, ModelArgs, quantization
 from mlx_lm_qwen3vlmoe.config import linear_shape
 from mlx_lm_qwen3vlmoe.errors import MissingTensorError
-from mlx_lm_qwen3vlmoe.inspection import inspect
+from mlx_lm_qwen3vlmoe.inspection.report import inspect
 from mlx_lm_qwen3vlmoe.model import Model
 
 RANDOM = np.random.default_rng(0)

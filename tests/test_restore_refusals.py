@@ -15,7 +15,7 @@ from conftest import FIXTURES, QUANTIZED
 from test_broken import Checkpoint, bfloat16
 from test_restore import converted, files, pair_in, refusal, weights_of
 
-from mlx_lm_qwen3vlmoe.restoring import restore
+from mlx_lm_qwen3vlmoe.restoring.restore import restore
 
 
 @pytest.fixture

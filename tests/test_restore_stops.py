@@ -22,17 +22,18 @@ def pair(tmp_path) -> tuple[Path, Path]:
 
 HALFWAY = """
 import signal, sys, time
-from mlx_lm_qwen3vlmoe import __main__, restoring
+from mlx_lm_qwen3vlmoe import __main__
+from mlx_lm_qwen3vlmoe.restoring import restore
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever runs the tests may ignore them
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-write = restoring._write
+write = restore._write
 def slowly(*arguments):
     for number, done in enumerate(write(*arguments)):
         if number == 30:
             print("half", flush=True)
             time.sleep(300)
         yield done
-restoring._write = slowly
+restore._write = slowly
 __main__.main(["restore", *sys.argv[1:]])
 """
 
@@ -96,8 +97,7 @@ def test_a_disk_that_becomes_full_leaves_nothing(pair, tmp_path):
     """The limit on the size of files stands for it: the same error of the same call."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from mlx_lm_qwen3vlmoe import restoring, __main__\n"
-        "real = restoring.Original\n"
+        "from mlx_lm_qwen3vlmoe import __main__\n"
         "__main__.main(['restore', *sys.argv[1:]])"
     )
     arguments = (pair[0], "--original", pair[1], "--save-path", tmp_path / "out")

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, TINY, Environment, run, thorough
 
 SECURITY = (ROOT / "SECURITY.md").read_text()
-PACKAGE = sorted((ROOT / "mlx_lm_qwen3vlmoe").glob("*.py"))
+PACKAGE = sorted((ROOT / "mlx_lm_qwen3vlmoe").rglob("*.py"))
 # What happens in an interpreter, as audit events (PEP 578), of which the lists below pick.
 AUDIT = """
 import json, os, sys
@@ -202,13 +202,13 @@ def test_a_chat_template_runs_in_a_sandbox(installed, checkpoint):
 def test_inspect_of_a_folder_runs_nothing_and_opens_no_connection(installed, checkpoint):
     checkpoint.update("config.json", model_file="evil.py", auto_map={"AutoConfig": "evil.Config"})
     (checkpoint.path / "pytorch_model.bin").write_bytes(checkpoint.pickle)
-    code = f"{AUDIT}\nfrom mlx_lm_qwen3vlmoe import inspection\ndel events[:]\ninspection.inspect(sys.argv[1])\n"
+    code = f"{AUDIT}\nfrom mlx_lm_qwen3vlmoe.inspection import report\ndel events[:]\nreport.inspect(sys.argv[1])\n"
     done = installed.run(f"{code}print(json.dumps(events))", checkpoint.path)
     assert not [event for event, _ in json.loads(done.stdout.splitlines()[-1]) if event.startswith((*REACH, "pickle."))]
     assert not checkpoint.ran()
 
 
-@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_no_module_of_the_package_can_run_text_or_unpickle_or_connect(file):
     tree = ast.parse(file.read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

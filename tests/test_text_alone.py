@@ -15,8 +15,8 @@ from mlx_lm.utils import load_model
 from test_broken import Checkpoint, refusal
 
 from mlx_lm_qwen3vlmoe import CheckpointError
-from mlx_lm_qwen3vlmoe.inspection import inspect
-from mlx_lm_qwen3vlmoe.restoring import restore
+from mlx_lm_qwen3vlmoe.inspection.report import inspect
+from mlx_lm_qwen3vlmoe.restoring.restore import restore
 
 TEXTS = ["text_4_57_6", "text_5_23_0"]  # their logits are tested in test_layouts.py
 BACKBONES = ["backbone_4_57_6", "backbone_5_23_0"]

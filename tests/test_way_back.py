@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_qwen3vlmoe import ModelArgs
-from mlx_lm_qwen3vlmoe.backend import as_out_in
-from mlx_lm_qwen3vlmoe.names import HEAD
+from mlx_lm_qwen3vlmoe.layouts.names import HEAD
+from mlx_lm_qwen3vlmoe.layouts.stacking import Part, join, miscut, turned
+from mlx_lm_qwen3vlmoe.runtime.backend import as_out_in
 from mlx_lm_qwen3vlmoe.sanitize import by_layer, rename, restore_names, sanitize, unsanitize
-from mlx_lm_qwen3vlmoe.stacking import Part, join, miscut, turned
 
 Weights = dict[str, mx.array]
 PREFIXES = {  # of the decoder → of the head, and of vision

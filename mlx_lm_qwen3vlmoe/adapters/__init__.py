@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..writing import whole
+from ..files.writing import whole
 from . import mlx, peft
 from .base import Base
 from .files import CONFIG, read_config, write

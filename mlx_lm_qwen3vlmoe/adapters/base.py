@@ -9,8 +9,8 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError
-from ..headers import read_config
-from ..names import EMBEDDINGS
+from ..files.headers import read_config
+from ..layouts.names import EMBEDDINGS
 
 logger = logging.getLogger(__name__)
 

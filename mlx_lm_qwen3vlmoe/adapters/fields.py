@@ -6,8 +6,7 @@ import math
 import reprlib
 from typing import Any
 
-from ..errors import CheckpointError
-from ..fields import LARGEST
+from ..errors import LARGEST, CheckpointError
 
 
 class Fields:

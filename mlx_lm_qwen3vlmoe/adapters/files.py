@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..headers import read_header
-from ..names import shortened
+from ..files.headers import read_header
+from ..layouts.names import shortened
 
 CONFIG = "adapter_config.json"
 _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}

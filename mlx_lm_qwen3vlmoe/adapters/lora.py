@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..names import DECODER, EMBEDDINGS, HEAD, NUMBER
+from ..layouts.names import DECODER, EMBEDDINGS, HEAD, NUMBER
 from .files import broken
 
 _LAYER = rf"{re.escape(DECODER)}layers\.{NUMBER}"

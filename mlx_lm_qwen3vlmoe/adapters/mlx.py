@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..names import host_name, shortened
+from ..layouts.names import host_name, shortened
 from .fields import Fields
 from .files import broken, read_config, read_tensors
 from .lora import Adapter, Lora, in_common, is_expert

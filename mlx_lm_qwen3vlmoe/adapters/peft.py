@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..names import EMBEDDINGS, NUMBER, host_name, module_name, shortened
+from ..layouts.names import EMBEDDINGS, NUMBER, host_name, module_name, shortened
 from . import fused
 from .base import Base
 from .files import broken, read_tensors

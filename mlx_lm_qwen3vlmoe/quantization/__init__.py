@@ -2,7 +2,7 @@
 
 One file is one family of formats, found by the ``quant_method`` of the checkpoint's description. Its table ``FORMATS``
 says what the family has; formulas that families share are in `affine`, `microscaling` and `fp8`, numbers in `numbers`,
-words in `packing`. A family has
+words in `packing`. `description` and `packed` are about MLX's own way. No family knows how experts are stored. It has
 
 - ``METHODS``: the values of ``quant_method``; ``DETAIL``: the field of the description that tells the format;
 - ``TENSORS``: suffixes that mark a layer as quantized, whatever the description says: tools leave layers unquantized
@@ -24,8 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..fields import check_kinds
+from ..errors import CheckpointError, check_kinds
 from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
 from .affine import common, dequantize
 from .gptq import ACT_ORDER

@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_kinds
+from ..errors import check_kinds
 from . import awq, compressed_tensors, fp8, gptq
 from .affine import affine
 from .layer import Decoded, Format, Layer

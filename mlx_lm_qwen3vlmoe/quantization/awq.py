@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_kinds
+from ..errors import check_kinds
 from .affine import affine, with_biases
 from .layer import Decoded, Format, Layer
 from .packing import codes, pack, transpose_nibbles, transpose_stream, unpack, unpack_outputs

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_block
+from ..errors import check_block
 from .layer import IGNORED, Decoded, Format, Layer, Tensors
 from .microscaling import mxfp8
 from .numbers import e4m3, e8m0, has_mode, loaded_e4m3

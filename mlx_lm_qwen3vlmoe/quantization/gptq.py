@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_kinds
+from ..errors import check_kinds
 from .affine import affine, group_size_of, ungrouped
 from .layer import Decoded, Format, Layer
 from .packing import pack, unpack, unpack_planes

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_kinds
+from ..errors import check_kinds
 from .layer import Decoded, Format, Layer
 from .packing import unpack
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_kinds
+from ..errors import check_kinds
 from . import fp8, schemes
 from .affine import affine, dequantize
 from .layer import Decoded, Format, Layer

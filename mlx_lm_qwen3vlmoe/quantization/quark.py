@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..fields import check_kinds, description_error
+from ..errors import check_kinds, description_error
 from . import fp8
 from .affine import affine
 from .layer import Decoded, Format, Layer

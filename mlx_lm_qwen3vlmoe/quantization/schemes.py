@@ -20,8 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..fields import check_block, check_kinds, description_error
+from ..errors import CheckpointError, check_block, check_kinds, description_error
 from .fp8 import CHANNEL, TENSOR, spread
 from .layer import Layer
 

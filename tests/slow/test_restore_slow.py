@@ -178,7 +178,7 @@ def test_a_model_that_was_tuned_for_real_answers_in_mlx_lm_and_about_an_image_in
 
 MEASURE = """
 import resource, sys
-from mlx_lm_qwen3vlmoe.restoring import restore
+from mlx_lm_qwen3vlmoe.restoring.restore import restore
 restore(*sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """

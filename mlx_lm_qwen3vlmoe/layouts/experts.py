@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..errors import CheckpointError
+from ..quantization import Decoded, Tensors
 from .decoding import Decoder
-from .errors import CheckpointError
 from .names import NUMBER
-from .quantization import Decoded, Tensors
 from .stacking import PROJECTIONS, Layers, Part, missing, rejoined, split, stack, unsplit, unstack
 
 _EXPERT = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down|gate_up)_proj)")

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .claims import MODEL_TYPES
-from .diagnosis import own_module
-from .errors import CheckpointError
+from ..discovery.claims import MODEL_TYPES, own_module
+from ..errors import CheckpointError
 
 CONFIGS = ["config.json", "hf_quant_config.json"]
 _INDEX = "model.safetensors.index.json"

@@ -9,16 +9,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import quantization
-from .backend import planned
-from .description import take_quantization
-from .errors import CheckpointError
-from .headers import CONFIGS, hub_folder, local_headers, read_config
-from .inspection import hollow_model
-from .names import EMBEDDINGS, HEAD, shortened
-from .quantization import Parameters
-from .sanitize import by_layer, rename, unsanitize
-from .stored import FLOATS, steps, stored
+from .. import quantization
+from ..errors import CheckpointError
+from ..files.headers import CONFIGS, hub_folder, local_headers, read_config
+from ..files.stored import FLOATS, steps, stored
+from ..inspection.report import hollow_model
+from ..layouts.names import EMBEDDINGS, HEAD, shortened
+from ..quantization import Parameters
+from ..quantization.description import take_quantization
+from ..runtime.backend import planned
+from ..sanitize import by_layer, rename, unsanitize
 
 _ADAPTERS = ("adapters.safetensors", "adapter_config.json", "adapter_model.safetensors")
 _OFFICIAL = re.compile(r"Qwen3-VL-\d+B-A\d+B-(?:Instruct|Thinking)")

@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..config import SIZES
+from ..errors import CheckpointError
+from ..files.stored import Stored, all_finite, copy, steps
+from ..files.writing import check_free, sync, whole
+from ..layouts.names import HEAD, host_name, shortened
+from ..layouts.stacking import Part
 from .checkpoint import Original, Tuned, original_folder
-from .config import SIZES
-from .errors import CheckpointError
-from .names import HEAD, host_name, shortened
-from .stacking import Part
-from .stored import Stored, all_finite, copy, steps
-from .writing import check_free, sync, whole
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def check_packed(path: str, tensors: dict[str, mx.array], shape: tuple[int, ...], parameters: dict[str, Any]) -> None:

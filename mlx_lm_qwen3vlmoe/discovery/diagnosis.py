@@ -13,14 +13,14 @@ import site
 import sys
 from collections.abc import Callable
 from importlib import import_module, metadata
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from . import __version__, registry
-from .claims import MODEL_TYPES, NAME
+from .. import __version__, registry
+from .claims import MODEL_TYPES, NAME, PACKAGE, own_module
 
 _SUFFIXES = (".start", ".pth") if sys.version_info >= (3, 15) else (".pth",)  # of start-up files, see PEP 829
+_FOLDER = Path(__file__).parents[1]  # of the package
 _PIP = f"{sys.executable} -m pip install"
 
 
@@ -40,7 +40,7 @@ def diagnose(model_type: str = "qwen3_vl_moe") -> dict[str, Any]:
     module, error = _attempt(_import, host["module"] if host else model_type)
     report: dict[str, Any] = {
         "type": model_type,
-        "package": str(Path(__file__).parent),
+        "package": str(_FOLDER),
         "installed": _attempt(metadata.version, NAME)[0],
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "versions": {NAME: __version__} | {name: _attempt(metadata.version, name)[0] for name in ("mlx-lm", "mlx")},
@@ -64,17 +64,6 @@ def why_no_host() -> str | None:
     """Why no command of mlx-lm can run here, and what to do, in one line; None where one can."""
     _, error = _attempt(lambda: (import_module("mlx.core"), import_module("mlx_lm")))
     return error and ". Do: ".join(_no_host(error))
-
-
-def own_module(model_type: object) -> str | None:
-    """The module of the host's own for a model type, which a plug-in may hide, or None."""
-    import mlx_lm.models
-    from mlx_lm import utils
-
-    if not isinstance(model_type, str) or not model_type.isidentifier():
-        return None
-    name = getattr(utils, "MODEL_REMAPPING", {}).get(model_type, model_type)
-    return name if PathFinder.find_spec(f"{registry.GROUP}.{name}", mlx_lm.models.__path__) else None
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
@@ -109,7 +98,7 @@ def _import(name: str) -> Any:
 
 def _hook(finder: object | None, unfound: str | None) -> dict[str, Any]:
     """The finder in force and the start-up file that installed it, or why there is none."""
-    owner = type(finder).__module__ if finder else f"{__package__}.registry"
+    owner = type(finder).__module__ if finder else f"{PACKAGE}.registry"
     folders = [] if sys.flags.no_site else site.getsitepackages()
     folders += [site.getusersitepackages()] if folders and site.ENABLE_USER_SITE else []
     files = [file for folder in folders for suffix in _SUFFIXES for file in sorted(Path(folder).glob(f"*{suffix}"))]
@@ -117,7 +106,7 @@ def _hook(finder: object | None, unfound: str | None) -> dict[str, Any]:
     if finder:
         how = Path(found[0]).suffix if found else "by hand"
         return {"active": True, "how": how, "file": "".join(found) or None, "finder": owner, "reason": None}
-    home = Path(__file__).parents[1]
+    home = _FOLDER.parent
     if unfound:
         reason = f"sys.meta_path has an object that fails ({unfound})"
     elif sys.flags.no_site:
@@ -126,10 +115,10 @@ def _hook(finder: object | None, unfound: str | None) -> dict[str, Any]:
         reason = f"{found[0]} is there, but had no effect (a hidden file has none)"
     elif str(home) == site.getusersitepackages():
         reason = "the user's site-packages are off (PYTHONNOUSERSITE, -s, or a virtual environment)"
-    elif str(home) not in folders and (not home.is_dir() or any(home.glob(f"{__package__}_startup.*"))):
+    elif str(home) not in folders and (not home.is_dir() or any(home.glob(f"{PACKAGE}_startup.*"))):
         reason = f"{home} is on sys.path (PYTHONPATH, or a zip), but start-up files run in site-packages only"
     else:
-        reason = f"{__package__}_startup{_SUFFIXES[0]} is missing from site-packages"
+        reason = f"{PACKAGE}_startup{_SUFFIXES[0]} is missing from site-packages"
     return {"active": False, "how": None, "file": "".join(found) or None, "finder": None, "reason": reason}
 
 
@@ -148,13 +137,13 @@ def _verdict(report: dict[str, Any]) -> tuple[str, str] | None:
     claims = [plugin for plugin in report["plugins"] if plugin["model_type"] == name]
     own = NAME if name in MODEL_TYPES else None
     plugin = next((each for each in claims if each["distribution"] == own), claims[0] if claims else None)
-    run = f"{sys.executable} -m {__package__} run generate ..."
+    run = f"{sys.executable} -m {PACKAGE} run generate ..."
     if registry.EVERYTHING in skipped:
         return f"mlx-lm's own models serve, as {skipped[registry.EVERYTHING]}", "repair what fails there"
     if host is None:
         return _broken(name, error) if "PluginError" in error else _no_host(error)
     if own and not report["installed"]:
-        home = Path(__file__).parents[1]
+        home = _FOLDER.parent
         what = f"-e {home}" if (home / "pyproject.toml").exists() else NAME
         return f"{NAME} is not installed: {home} is on sys.path, and no more than that", f"{_PIP} {what}, or {run}"
     if plugin is None and own:

@@ -17,8 +17,8 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 
-from . import parallel
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..runtime import parallel
 
 _LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import quantization
-from .backend import planning, takes_global_scale
-from .config import linear_shape
-from .errors import CheckpointError
-from .lazy import in_pieces
+from .. import quantization
+from ..config import linear_shape
+from ..errors import CheckpointError
+from ..quantization import ACT_ORDER, Decoded, Layer, Tensors
+from ..quantization.packed import check_packed
+from ..runtime.backend import planning, takes_global_scale
+from ..runtime.lazy import in_pieces
 from .names import module_name
-from .packed import check_packed
-from .quantization import ACT_ORDER, Decoded, Layer, Tensors
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def pieces(text: dict[str, Any], modules: Iterable[tuple[str, nn.Module]]) -> dict[str, int]:

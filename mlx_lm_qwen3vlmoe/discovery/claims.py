@@ -1,4 +1,4 @@
-"""The model types of this package, for a caller that asks for them by name, whether or not the package is installed.
+"""The model types of this package, for a caller that asks for them by name, and those that the host has itself.
 
 An ``mlx_lm`` command finds them through the entry points in the metadata of the installed distribution. A checkout on
 ``PYTHONPATH``, a zip of sources and a frozen application have no metadata.
@@ -6,12 +6,14 @@ An ``mlx_lm`` command finds them through the entry points in the metadata of the
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
 from typing import Any
 
-from . import __version__, registry
+from .. import __version__, registry
 
 NAME = "mlx-lm-qwen3vlmoe"
-_MODULE = f"{__package__}.model"
+PACKAGE = __package__.rpartition(".")[0]
+_MODULE = f"{PACKAGE}.model"
 MODEL_TYPES = {"qwen3_vl_moe": _MODULE, "qwen3_vl_moe_text": _MODULE}  # as in pyproject.toml
 OWN = tuple(registry.Plugin(model_type, NAME, __version__, module) for model_type, module in MODEL_TYPES.items())
 
@@ -30,3 +32,14 @@ def get_model_classes(config: dict[str, Any]) -> tuple[type, type]:
     Raises `PluginError` when a plug-in claims the type and cannot serve it, `ValueError` for an unknown type.
     """
     return registry.get_model_classes(config, OWN)
+
+
+def own_module(model_type: object) -> str | None:
+    """The module of the host's own for a model type, which a plug-in may hide, or None."""
+    import mlx_lm.models
+    from mlx_lm import utils
+
+    if not isinstance(model_type, str) or not model_type.isidentifier():
+        return None
+    name = getattr(utils, "MODEL_REMAPPING", {}).get(model_type, model_type)
+    return name if PathFinder.find_spec(f"{registry.GROUP}.{name}", mlx_lm.models.__path__) else None

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..layouts.names import shortened
 from .headers import Header
-from .names import shortened
 
 # The format's names for what MLX has (https://github.com/huggingface/safetensors#format).
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 DECODER = "language_model.model."
 EMBEDDINGS = f"{DECODER}embed_tokens"

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .backend import as_out_in
+from ..errors import CheckpointError, MissingTensorError
+from ..quantization import Decoded, Tensors, is_foreign
+from ..quantization.fp8 import halves
+from ..runtime.backend import as_out_in
+from ..runtime.lazy import in_pieces
 from .decoding import Decoder
-from .errors import CheckpointError, MissingTensorError
-from .lazy import in_pieces
-from .quantization import Decoded, Tensors, is_foreign
-from .quantization.fp8 import halves
 
 Shapes = dict[str, tuple[int, ...]]  # projection → experts, outputs and inputs
 Layers = dict[str, Tensors]  # path → suffix → array

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def check_free(out: Path) -> None:

@@ -17,14 +17,17 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_model
 
-from . import parallel, planning, quantization
-from .backend import device, narrow, planned
-from .config import ModelArgs
-from .description import take_quantization
-from .errors import CheckpointError
-from .headers import Header, find, read_config, write_hollow
-from .model import Model
-from .names import host_name, layer_and_suffix
+from .. import quantization
+from ..config import ModelArgs
+from ..discovery.claims import PACKAGE
+from ..errors import CheckpointError
+from ..files.headers import Header, find, read_config, write_hollow
+from ..layouts.names import host_name, layer_and_suffix
+from ..model import Model
+from ..quantization.description import take_quantization
+from ..runtime import parallel
+from ..runtime.backend import device, narrow, planned
+from . import planning
 
 
 def inspect(
@@ -101,7 +104,7 @@ def _plan(model: Any, ranks: int | None, context: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _noting(notes: list[str]) -> Iterator[None]:
     """Collect what the package logs meanwhile, for the report and not for the terminal."""
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger(PACKAGE)
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)

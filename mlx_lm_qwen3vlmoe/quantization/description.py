@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .fields import check_kinds, check_positive, config_error
+from ..errors import check_kinds, check_positive, config_error
 
 
 def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:

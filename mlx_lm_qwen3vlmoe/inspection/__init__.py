@@ -1,0 +1,4 @@
+"""What a checkpoint is, whether it loads and what memory it takes.
+
+Nothing here reads the data of a tensor: the config and the headers tell.
+"""
