@@ -2,7 +2,8 @@
 
 One file is one family of formats, found by the ``quant_method`` of the checkpoint's description. Its table ``FORMATS``
 says what the family has; formulas that families share are in `affine`, `microscaling` and `fp8`, numbers in `numbers`,
-words in `packing`. `description` and `packed` are about MLX's own way. No family knows how experts are stored. It has
+words in `packing`. `description` reads and writes what a config says of quantization, `packed` checks what MLX packed.
+Nothing here knows how experts are stored. A family has
 
 - ``METHODS``: the values of ``quant_method``; ``DETAIL``: the field of the description that tells the format;
 - ``TENSORS``: suffixes that mark a layer as quantized, whatever the description says: tools leave layers unquantized
