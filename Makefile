@@ -6,6 +6,8 @@ MODEL := examples/tiny-qwen3-vl-moe
 QUESTION ?= What is this package?
 # Of tests/fuzz/run.py: --seconds, --mutants, --only FIXTURE, --seed, --replay ID.
 FUZZ ?= --seconds 600
+# A worker a core; the tests of one file mostly stay together, as they share what takes long to make.
+PARALLEL := -n auto --maxprocesses=8 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
@@ -19,10 +21,10 @@ demo: $(VENV)/demo.stamp
 
 # Every feature, in a few minutes; see the marker "thorough" in pyproject.toml.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --durations=10 -m "not thorough"
+	$(BIN)/python -m pytest $(PARALLEL) --durations=10 -m "not thorough"
 
 test-all: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest $(PARALLEL) --durations=10 --fresh
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from pathlib import Path
 
 import pytest
-from progress import Progress
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -32,18 +33,43 @@ CLEAN = {name: value for name, value in os.environ.items() if name not in ("MLX_
 CLEAN |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-@pytest.hookimpl(trylast=True)  # after the terminal is there
+WARM = Warm(CLEAN)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fresh", action="store_true", help="start every interpreter anew")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if config.get_verbosity() == 0 and config.pluginmanager.hasplugin("terminalreporter"):
-        config.pluginmanager.register(Progress(config))
+    WARM.off |= config.getoption("--fresh")
 
 
 def run(*command: object, check: bool = True, timeout: float = LIMIT, **options) -> subprocess.CompletedProcess:
-    """Run a command to its end, with both outputs captured; a failure shows them."""
-    environment = CLEAN | options.pop("env", {})
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=timeout, **options
-    )
+    """Run a command to its end, with both outputs captured; a failure shows them.
+
+    Options: ``input``, a text; ``env``, variables beside the usual ones; ``cwd``; and ``fresh``, for a test that is
+    about the start of Python itself.
+    """
+    line, variables = list(map(str, command)), CLEAN | options.pop("env", {})
+    fresh = options.pop("fresh", False) or not WARM.serves(line, variables)
+    start = subprocess.Popen if fresh else WARM.start
+    with (
+        tempfile.TemporaryFile("w+") as stdin,
+        tempfile.TemporaryFile("w+") as stdout,
+        tempfile.TemporaryFile("w+") as stderr,
+    ):
+        stdin.write(options.pop("input", ""))
+        stdin.seek(0)
+        process = start(line, env=variables, stdin=stdin, stdout=stdout, stderr=stderr, **options)
+        try:
+            process.wait(timeout)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        for stream in (stdout, stderr):
+            stream.seek(0)
+        done = subprocess.CompletedProcess(line, process.returncode, stdout.read(), stderr.read())
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 

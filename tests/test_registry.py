@@ -42,7 +42,7 @@ def served_by(environment: Environment, *, model_type: str = "qwen3_vl_moe", **o
 
 
 def test_the_plugin_goes_before_the_hosts_own_module(installed):
-    assert served_by(installed) == OURS
+    assert served_by(installed, fresh=True) == OURS
 
 
 @pytest.mark.parametrize("setting", ["0", ""])
@@ -119,7 +119,7 @@ def test_no_file_of_the_host_is_changed_and_no_attribute_rebound(installed):
 
 def test_start_up_imports_nothing_but_the_finder(installed):
     code = "import sys; print(*sorted(sys.modules))"
-    with_plugin = set(installed.run(code).stdout.split())
+    with_plugin = set(installed.run(code, fresh=True).stdout.split())
     without = set(run(installed.python, "-S", "-c", "import sys, site; print(*sorted(sys.modules))").stdout.split())
     ours = {name for name in with_plugin if "qwen3vlmoe" in name}
     assert {name for name in ours if "editable" not in name} == {"mlx_lm_qwen3vlmoe", "mlx_lm_qwen3vlmoe.registry"}
