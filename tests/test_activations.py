@@ -7,13 +7,13 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import FIXTURES, TINY
 from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.models import qwen3_moe
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, quantize_model
+from support import FIXTURES, TINY
 
 from mlx_lm_qwen3vlmoe import Model, get_model_classes
 from mlx_lm_qwen3vlmoe.runtime import backend

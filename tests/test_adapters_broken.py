@@ -8,7 +8,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from test_adapters import ADAPTERS, BASE, LAYER, converted, copied, equal, refusal, tensors
+from support.adapters import ADAPTERS, BASE, LAYER, converted, copied, equal, refusal, tensors
 
 from mlx_lm_qwen3vlmoe.adapters import convert
 

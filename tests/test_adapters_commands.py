@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import TINY, run
-from test_adapters import ADAPTERS, tensors
-from test_commands import BIN, HOST, UNCHANGED, answer, assert_same_in_unchanged_host, mlx_lm, serving
+from support import BIN, HOST, TINY
+from support.adapters import ADAPTERS, tensors
+from support.commands import UNCHANGED, answer, assert_same_in_unchanged_host, mlx_lm, run, serving
 
 if HOST < (0, 28, 3):
     pytest.skip("mlx-lm 0.28.2 runs no adapters of experts, of any model", allow_module_level=True)

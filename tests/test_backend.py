@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from conftest import FIXTURES, thorough
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen3_moe, switch_layers
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
-from test_sanitize import E, H, I, L, args, official
+from support import FIXTURES, thorough
+from support.weights import E, H, I, L, args, official
 
 from mlx_lm_qwen3vlmoe import Model, get_model_classes
 from mlx_lm_qwen3vlmoe.runtime import backend

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import OURS, TINY, Environment, thorough
+from support import OURS, TINY, thorough
+from support.environments import Environment
 
 MODEL = "class ModelArgs: pass\nclass Model: pass\n"
 WHO = """

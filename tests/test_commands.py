@@ -4,62 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import openai
 import pytest
-from conftest import CLEAN, LIMIT, ROOT, TINY, run, thorough
-
-BIN = Path(sys.executable).parent
-HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
-HOST_HAS_THE_TYPE = HOST >= (0, 28, 3)  # by itself, before this package
-UNCHANGED = {"MLX_LM_PLUGINS": "0"}
-
-
-def mlx_lm(command: str, *arguments: object, **options) -> str:
-    done = run(BIN / f"mlx_lm.{command}", *arguments, **options)
-    assert "Traceback" not in done.stderr
-    return done.stdout
-
-
-def answer(model: Path, question: str, *arguments: object, **options) -> str:
-    """What `mlx_lm.generate` says, without its frame and figures."""
-    output = mlx_lm(
-        "generate", "--model", model, "--prompt", question, "--temp", 0, "--max-tokens", 64, *arguments, **options
-    )
-    return output.split("==========")[1].strip()
-
-
-LOGITS = """
-import json, sys, mlx.core as mx
-from mlx_lm import load
-model, tokenizer = load(sys.argv[1], lazy=True)
-model.set_dtype(mx.float32)
-ids = mx.array([tokenizer.encode("What is a mixture of experts?")])
-mx.save_safetensors(sys.argv[2], {"logits": model(ids).astype(mx.float32)})
-print(type(model).__module__)
-"""
-
-
-def logits(model: Path, tmp_path: Path, who: str, **options) -> mx.array:
-    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
-    assert run(sys.executable, "-c", LOGITS, model, out, **options).stdout.strip().startswith(who)
-    return mx.load(str(out))["logits"]
-
-
-def assert_same_in_unchanged_host(model: Path, tmp_path: Path) -> None:
-    if not HOST_HAS_THE_TYPE:
-        return
-    ours = logits(model, tmp_path, "mlx_lm_qwen3vlmoe.")
-    theirs = logits(model, tmp_path, "mlx_lm.models.", env=UNCHANGED)
-    assert (mx.abs(ours - theirs).max() / mx.abs(ours).max()).item() < 1e-5
+from support import BIN, HOST, HOST_HAS_THE_TYPE, LIMIT, ROOT, TINY, thorough
+from support.commands import (
+    UNCHANGED,
+    answer,
+    assert_same_in_unchanged_host,
+    ended,
+    logits,
+    mlx_lm,
+    run,
+    serving,
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,37 +101,6 @@ def test_chat_answers_two_questions_in_a_row(tiny_questions):
     plain = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output).split())
     for pair in asked:
         assert " ".join(pair["answer"].split()) in plain
-
-
-@contextmanager
-def serving(model: Path, log: Path, *arguments: str, command: tuple[object, ...] = (BIN / "mlx_lm.server",)):
-    """An `mlx_lm.server` on a free port, as the base URL of its API."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [*command, "--model", str(model), "--port", str(port), "--temp", "0", "--max-tokens", "64", *arguments],
-            env=CLEAN,
-            stdout=out,
-            stderr=out,
-        )
-        try:
-            for _ in range(10 * LIMIT):
-                assert server.poll() is None, log.read_text()
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-            server.wait(LIMIT)
-
-
-def ended(text: str) -> str:
-    """The servers of mlx-lm before 0.30 leave the end token in what they answer, for any model."""
-    return text.removesuffix("<|im_end|>") if HOST < (0, 30) else text
 
 
 def test_server_completes_streams_and_reuses_the_prompt_cache(tiny_questions, tmp_path):

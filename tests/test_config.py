@@ -10,8 +10,8 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES
 from mlx_lm.models import qwen3_moe
+from support import FIXTURES
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 from mlx_lm_qwen3vlmoe.config import normalize
@@ -203,7 +203,7 @@ def test_yarn_without_an_original_length_takes_the_context_length_as_transformer
 
 
 def test_importing_the_package_imports_neither_mlx_nor_the_host():
-    from conftest import run
+    from support.commands import run
 
     code = "import sys, mlx_lm_qwen3vlmoe as p; dir(p); p.install(); print({'mlx', 'mlx_lm'} & set(sys.modules))"
     assert run(sys.executable, "-c", code).stdout.strip() == "set()"

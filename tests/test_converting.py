@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import CLEAN, LIMIT, TINY
+from support import LIMIT, TINY
+from support.commands import CLEAN
 
 CONVERT = """
 import resource, runpy, sys

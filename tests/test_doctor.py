@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import OURS, ROOT, TINY, Environment, run, thorough
+from support import OURS, ROOT, TINY, thorough
+from support.commands import run
+from support.environments import Environment
 
 from mlx_lm_qwen3vlmoe import __version__
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, ROOT, TINY, run
 from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import does_model_support_input_embeddings, load_config, load_model
+from support import FIXTURES, ROOT, TINY
+from support.commands import run
 
 from mlx_lm_qwen3vlmoe import HostError, Model, ModelArgs
 

@@ -10,10 +10,10 @@ import time
 import mlx.core as mx
 import openai
 import pytest
-from conftest import LIMIT, OURS, TINY, run
 from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.utils import load_model, quantize_model
-from test_commands import BIN, serving
+from support import BIN, LIMIT, OURS, TINY
+from support.commands import run, serving
 
 # The smallest picture there is, without a library that draws.
 PNG = base64.b64decode(

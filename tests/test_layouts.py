@@ -7,8 +7,8 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, OURS
 from mlx_lm.utils import load_model
+from support import FIXTURES, OURS
 
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.safetensors"))
 TOLERANCE = 1e-4  # of the largest logit, in float32

@@ -9,10 +9,10 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, QUANTIZED, ROOT, TINY, thorough
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_config, load_model, quantize_model, save_model
+from support import OURS, QUANTIZED, ROOT, TINY, thorough
 
 from mlx_lm_qwen3vlmoe import Model, ModelArgs
 from mlx_lm_qwen3vlmoe.runtime import lazy

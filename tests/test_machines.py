@@ -8,8 +8,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from conftest import ROOT
-from hollow import AWQ, BIG, FP8, MIDDLING, MLX, awq, bf16, fp8, mlx, tensors, vision, write, write_config
+from support import ROOT
+from support.hollow import AWQ, BIG, FP8, MIDDLING, MLX, awq, bf16, fp8, mlx, tensors, vision, write, write_config
 
 from mlx_lm_qwen3vlmoe.inspection.report import inspect
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import conftest
 import pytest
 import yaml
-from conftest import ROOT, build, run
 from markdown_it import MarkdownIt
+from support import ROOT
+from support.commands import run
+from support.environments import build
 
 import mlx_lm_qwen3vlmoe
 from mlx_lm_qwen3vlmoe.discovery.claims import MODEL_TYPES

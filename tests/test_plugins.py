@@ -9,9 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, ROOT, TINY, Environment, build, run
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from support import OURS, ROOT, TINY
+from support.commands import run
+from support.environments import Environment, build
 
 EXAMPLE = ROOT / "examples" / "mlx-lm-example-plugin"
 DOCS = (ROOT / "docs" / "plugins.md").read_text()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import thorough
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
-from test_broken import TOLERANCE, TYPES, Checkpoint, logits_error
+from support import thorough
+from support.checkpoints import TOLERANCE, TYPES, Checkpoint, logits_error
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import OURS, QUANTIZED, ROOT, float32_config, run
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model, load_config, load_model
+from support import OURS, QUANTIZED, ROOT
+from support.checkpoints import float32_config
+from support.commands import run
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs, quantization
 from mlx_lm_qwen3vlmoe.quantization import numbers, packing

@@ -7,8 +7,8 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import QUANTIZED
 from mlx_lm.utils import load_config
+from support import QUANTIZED
 
 from mlx_lm_qwen3vlmoe import CheckpointError, ModelArgs, quantization
 from mlx_lm_qwen3vlmoe.config import linear_shape
@@ -17,6 +17,11 @@ from mlx_lm_qwen3vlmoe.inspection.report import inspect
 from mlx_lm_qwen3vlmoe.model import Model
 
 RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_in_any_order_of_tests():
+    RANDOM.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 def decode(tensors, shape, lead=(), **settings):
@@ -149,14 +154,14 @@ def described(dtype, **granularity):
 def test_every_width_of_torchao_is_packed(bits, zeros):
     tensors, weight = intx(bits, zeros)
     found, parameters = decode(tensors, None, **described(f"int{bits}"))
-    assert mx.allclose(found, weight, rtol=1e-5, atol=1e-5)
+    assert mx.allclose(found, weight, rtol=1e-5, atol=2e-4)  # of products of up to 512, in float32
     assert parameters == {"group_size": 32, "bits": {1: 2, 7: 8}.get(bits, bits)}
 
 
 def test_torchao_without_a_description_of_the_width_is_8_bits():
     tensors, weight = intx(4, floats)
     found, parameters = decode(tensors, None, quant_method="torchao", quant_type={"default": {"_type": "FqnToConfig"}})
-    assert mx.allclose(found, weight, rtol=1e-5, atol=1e-5)
+    assert mx.allclose(found, weight, rtol=1e-5, atol=2e-4)  # of products of up to 512, in float32
     assert parameters == {"group_size": 32, "bits": 8}
 
 

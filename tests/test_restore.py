@@ -7,12 +7,10 @@ import json
 import logging
 import os
 import pty
-import shutil
 import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,13 +19,13 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CLEAN, FIXTURES, TINY, run
-from mlx.utils import tree_map
 from mlx_lm.utils import load_model, save_config, save_model
-from test_broken import Checkpoint, split
-from test_inspection import Hub
+from support import FIXTURES, TINY
+from support.checkpoints import Checkpoint, split
+from support.commands import CLEAN, run
+from support.hub import Hub
+from support.tuned import converted, files, pair_in, tuned, weights_of
 
-from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.restoring.restore import restore
 
 BIN = Path(sys.executable).parent
@@ -37,10 +35,6 @@ FLOAT = sorted(
     if "quantization" not in json.loads((path.parent / "config.json").read_text())
 )
 LAYOUTS = [name for name in FLOAT if name not in ("yarn", "no_vision", "mlx_lm_float")]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def contents(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
@@ -55,50 +49,13 @@ def contents(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
     return found
 
 
-def converted(original: Path, folder: Path, change: Callable[[mx.array], mx.array] | None = None) -> Path:
-    """What `mlx_lm.convert` makes of a checkpoint, with changed weights."""
-    model, config = load_model(original, lazy=True)
-    if change:
-        model.update(tree_map(change, model.parameters()))
-    folder.mkdir(parents=True)
-    save_model(folder, model)
-    save_config(config, folder / "config.json")
-    return folder
-
-
-def weights_of(folder: Path) -> dict[str, mx.array]:
-    """Evaluated, as the file may be written anew."""
-    weights = mx.load(str(folder / "model.safetensors"))
-    mx.eval(weights)
-    return weights
-
-
-def tuned(original: Path, folder: Path) -> Path:
-    mx.random.seed(7)
-    return converted(original, folder, lambda w: w + (0.1 * mx.random.normal(w.shape)).astype(w.dtype))
-
-
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:
     return run(sys.executable, "-m", "mlx_lm_qwen3vlmoe", "restore", *arguments, **options)
-
-
-def pair_in(folder: Path) -> tuple[Path, Path]:
-    """A tuned model, and its original, in sibling folders that a test may change."""
-    shutil.copytree(FIXTURES / "official", folder / "original")
-    return tuned(folder / "original", folder / "tuned"), folder / "original"
 
 
 @pytest.fixture
 def pair(tmp_path) -> tuple[Path, Path]:
     return pair_in(tmp_path)
-
-
-def refusal(tuned: Path, original: Path | str, out: Path) -> str:
-    before = sorted(path.name for path in out.parent.iterdir())
-    with pytest.raises(CheckpointError) as caught:
-        restore(str(tuned), str(original), str(out))
-    assert sorted(path.name for path in out.parent.iterdir()) == before  # nothing is left of it
-    return str(caught.value)
 
 
 # --- what comes back ------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, QUANTIZED
-from test_broken import Checkpoint, bfloat16
-from test_restore import converted, files, pair_in, refusal, weights_of
+from support import FIXTURES, QUANTIZED
+from support.checkpoints import Checkpoint, bfloat16
+from support.tuned import converted, files, pair_in, refusal, weights_of
 
 from mlx_lm_qwen3vlmoe.restoring.restore import restore
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CLEAN, LIMIT, run
-from test_restore import pair_in, refusal
+from support import LIMIT
+from support.commands import CLEAN, run
+from support.tuned import pair_in, refusal
 
 THOROUGH = pytest.mark.thorough
 

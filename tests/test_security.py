@@ -10,7 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Environment, run, thorough
+from support import ROOT, TINY, thorough
+from support.commands import run
+from support.environments import Environment
 
 SECURITY = (ROOT / "SECURITY.md").read_text()
 PACKAGE = sorted((ROOT / "mlx_lm_qwen3vlmoe").rglob("*.py"))

@@ -7,8 +7,9 @@ import re
 
 import openai
 import pytest
-from conftest import ROOT, TINY, run, thinking_model
-from test_commands import BIN, HOST, serving
+from support import BIN, HOST, ROOT, TINY
+from support.checkpoints import thinking_model
+from support.commands import run, serving
 
 SPOKEN = json.loads((ROOT / "examples" / "tiny_dialogues.json").read_text())
 TOOLS = SPOKEN["tools"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 PACKAGE = ROOT / "mlx_lm_qwen3vlmoe"
 FLOORS = (  # from the ground: a folder, or a module of the root, imports from the floors below its own alone

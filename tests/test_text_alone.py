@@ -10,9 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, OURS, TINY, run
 from mlx_lm.utils import load_model
-from test_broken import Checkpoint, refusal
+from support import FIXTURES, OURS, TINY
+from support.checkpoints import Checkpoint, refusal
+from support.commands import run
 
 from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.inspection.report import inspect

@@ -8,8 +8,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import CLEAN, ROOT
-from test_adapters import ADAPTERS, BASE, PEFT, TRAINED
+from support import ROOT
+from support.adapters import ADAPTERS, BASE, PEFT, TRAINED
+from support.commands import CLEAN
 
 from mlx_lm_qwen3vlmoe.adapters import convert
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-import test_distributed
-from conftest import ROOT, TINY, run
-from test_distributed import BIN, indexed, launched
-from test_docs import DOCUMENTS, QUESTION, SLOW, ask, folder_for, is_definition, is_slow, run_step, steps
+from support import BIN, ROOT, TINY
+from support.commands import run
+from support.documents import DOCUMENTS, QUESTION, SLOW, ask, folder_for, is_definition, is_slow, run_step, steps
+from support.ranks import free_port, indexed, launched
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.switch_mlp.down_proj")
 
@@ -60,7 +60,7 @@ def test_a_launch_of_the_document_runs_on_two_ranks_of_this_machine(text, tmp_pa
     words = shlex.split(text.replace("$MODEL", str(model)))
     program, *arguments = words[next(n for n, word in enumerate(words) if word.startswith("mlx_lm.")) :]
     arguments = [str(ROOT / word) if word.startswith("examples/") else word for word in arguments]
-    port = test_distributed.free_port(1)
+    port = free_port(1)
     arguments = [str(port) if word == "8080" else word.replace("0.0.0.0", "127.0.0.1") for word in arguments]
     chats = program == "mlx_lm.chat"
     command = [BIN / program, *arguments]

@@ -7,22 +7,16 @@ import shutil
 import sys
 import sysconfig
 import venv
-import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import OURS, ROOT, TINY, Environment, build, run
+from support import OURS, ROOT, TINY
+from support.commands import run
+from support.environments import Environment, build
+from support.installing import MLX_LM, NAME, VERSION, WHO, files, files_of_wheel, served_by, version
 
-NAME = "mlx-lm-qwen3vlmoe"
 HOSTS = "mlx_lm.models.qwen3_vl_moe"
 NEWER = "mlx_lm_qwen3vlmoe.newer"
-MLX_LM = "mlx-lm" if sys.platform == "darwin" else "mlx-lm[cpu]"
-WHO = """
-import importlib, mlx_lm
-print(importlib.import_module("mlx_lm.models.qwen3_vl_moe").Model.__module__)
-print(mlx_lm.__file__)
-"""
-VERSION = f"import importlib.metadata; print(importlib.metadata.version({NAME!r}))"
 
 
 class Interpreter(Environment):
@@ -34,54 +28,9 @@ class Interpreter(Environment):
         self.site = Path(self.run("import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
 
 
-def served_by(environment: Environment, **options) -> str:
-    """The module that serves the model type, through the mlx_lm of this environment and no other."""
-    module, host = environment.run(WHO, **options).stdout.split()
-    assert Path(host).is_relative_to(environment.bin.parent)
-    return module
-
-
 def answer(*command: object, question: dict[str, str], **options) -> str:
     arguments = ["--model", TINY, "--prompt", question["question"], "--temp", 0, "--max-tokens", 64]
     return run(*command, *arguments, **options).stdout.split("==========")[1].strip()
-
-
-def make_tool(path: Path, name: str) -> Path:
-    """Install a tool of PyPI by itself; return its executable."""
-    venv.create(path, symlinks=True, with_pip=True)
-    run(path / "bin" / "python", "-m", "pip", "-q", "install", name)
-    return path / "bin" / name
-
-
-@pytest.fixture(scope="module")
-def uv(tmp_path_factory):
-    """Run uv, with a cache and a folder of tools of its own."""
-    home = tmp_path_factory.mktemp("uv")
-    executable = make_tool(home / "venv", "uv")
-    places = {"UV_CACHE_DIR": "cache", "UV_TOOL_DIR": "tools", "UV_TOOL_BIN_DIR": "bin"}
-    env = {name: str(home / place) for name, place in places.items()} | {"UV_PYTHON": sys.executable}
-
-    def run_uv(*arguments: object, **options):
-        return run(executable, *arguments, env=env, **options)
-
-    run_uv.home = home
-    return run_uv
-
-
-@pytest.fixture(scope="module")
-def pipx(tmp_path_factory):
-    """Run pipx, with a folder of environments of its own."""
-    home = tmp_path_factory.mktemp("pipx")
-    executable = make_tool(home / "venv", "pipx")
-    places = {"PIPX_HOME": "home", "PIPX_BIN_DIR": "bin", "PIPX_MAN_DIR": "man"}
-    env = {name: str(home / place) for name, place in places.items()}
-    env |= {"PIPX_DEFAULT_PYTHON": sys.executable, "PIPX_DEFAULT_BACKEND": "pip"}
-
-    def run_pipx(*arguments: object, **options):
-        return run(executable, *arguments, env=env, **options)
-
-    run_pipx.home = home
-    return run_pipx
 
 
 @pytest.fixture(scope="module")
@@ -185,29 +134,6 @@ def install(request, clean, releases):
         return lambda *arguments: clean.pip("install", *source, *arguments)
     uv = request.getfixturevalue("uv")
     return lambda *arguments: uv("pip", "install", "--python", clean.python, *source, *arguments)
-
-
-def version(wheel: Path) -> str:
-    return wheel.name.split("-")[1]
-
-
-def files(environment: Environment) -> set[str]:
-    """What is of this package in an environment: its files, and the folder of its metadata."""
-    found = (path.relative_to(environment.site) for path in environment.site.rglob("*") if path.is_file())
-    return {summary(path) for path in found if "qwen3vlmoe" in path.parts[0]}
-
-
-def summary(path: Path) -> str:
-    if path.parts[0].endswith(".dist-info"):
-        return path.parts[0]
-    if path.suffix == ".pyc":  # the name of its source, so that a forgotten one shows
-        return str(path.parents[1] / f"{path.name.split('.')[0]}.py")
-    return str(path)
-
-
-def files_of_wheel(wheel: Path) -> set[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        return {summary(Path(name)) for name in archive.namelist()}
 
 
 def test_after_an_upgrade_the_newer_version_serves_at_once_and_nothing_of_the_older_stays(clean, install, wheel, newer):

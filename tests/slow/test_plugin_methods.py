@@ -10,10 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import TINY, Environment, run
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from test_commands import serving
+from support import TINY
+from support.commands import run, serving
+from support.environments import Environment
 
 SOURCE = """
 import mlx.nn as nn

@@ -18,10 +18,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import CLEAN, LIMIT, TINY, run
-from test_commands import UNCHANGED, mlx_lm
-from test_install import MLX_LM, make_tool
-from test_subcommands import write_chats
+from support import LIMIT, TINY
+from support.commands import CLEAN, UNCHANGED, mlx_lm, run, write_chats
+from support.installing import MLX_LM, make_tool
 
 BOTH = pytest.mark.parametrize("setting", [{}, UNCHANGED], ids=["with", "without"])
 

@@ -12,11 +12,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import test_install
-from conftest import OURS, ROOT, TINY, Environment, build, run
-from test_install import MLX_LM, NAME, VERSION, files, files_of_wheel, served_by, version
+from support import OURS, ROOT, TINY
+from support.commands import run
+from support.environments import Environment, build
+from support.installing import MLX_LM, NAME, VERSION, files, files_of_wheel, served_by, version
 
-uv, pipx = test_install.uv, test_install.pipx  # fixtures
 (OLD,) = (ROOT / "tests" / "releases").glob("*.whl")
 CONVERT = """
 import sys, mlx_lm, mlx_lm_qwen3vlmoe

@@ -16,11 +16,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, TINY, run
 from mlx_lm.utils import load_model
-from test_inspection import bf16, tensors, write_config
-from test_restore import converted, tuned
-from test_subcommands import write_chats
+from support import FIXTURES, TINY
+from support.commands import run, write_chats
+from support.hollow import bf16, tensors, write_config
+from support.tuned import converted, tuned
 
 BIN = Path(sys.executable).parent
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()

@@ -18,8 +18,9 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
-from conftest import LIMIT, ROOT, TINY, Environment, run
-from test_commands import BIN, UNCHANGED, answer, assert_same_in_unchanged_host, logits, mlx_lm, serving
+from support import BIN, LIMIT, ROOT, TINY
+from support.commands import UNCHANGED, answer, assert_same_in_unchanged_host, logits, mlx_lm, run, serving, write_chats
+from support.environments import Environment
 
 DOCS = ROOT / "docs" / "commands.md"
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
@@ -31,18 +32,6 @@ def refusal(*command: object, **options) -> str:
     done = run(*command, check=False, **options)
     assert done.returncode != 0
     return done.stderr.strip().splitlines()[-1]
-
-
-def write_chats(path: Path, pairs: list[dict[str, str]]) -> Path:
-    """A data set of chats as `mlx_lm.lora` and `mlx_lm.dwq` read it."""
-    path.mkdir()
-    chats = [
-        [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["answer"]}]
-        for pair in pairs
-    ]
-    for name in ("train", "valid", "test"):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    return path
 
 
 @pytest.fixture(scope="module")

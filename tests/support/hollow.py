@@ -7,7 +7,7 @@ import math
 import random
 from pathlib import Path
 
-from conftest import TINY
+from . import TINY
 
 BIG = {  # Qwen3-VL-235B-A22B
     "hidden_size": 4096,

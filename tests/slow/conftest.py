@@ -1,0 +1,40 @@
+"""Installers, each with folders of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from support.commands import run
+from support.installing import make_tool
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory):
+    """Run uv, with a cache and a folder of tools of its own."""
+    home = tmp_path_factory.mktemp("uv")
+    executable = make_tool(home / "venv", "uv")
+    places = {"UV_CACHE_DIR": "cache", "UV_TOOL_DIR": "tools", "UV_TOOL_BIN_DIR": "bin"}
+    env = {name: str(home / place) for name, place in places.items()} | {"UV_PYTHON": sys.executable}
+
+    def run_uv(*arguments: object, **options):
+        return run(executable, *arguments, env=env, **options)
+
+    run_uv.home = home
+    return run_uv
+
+
+@pytest.fixture(scope="module")
+def pipx(tmp_path_factory):
+    """Run pipx, with a folder of environments of its own."""
+    home = tmp_path_factory.mktemp("pipx")
+    executable = make_tool(home / "venv", "pipx")
+    places = {"PIPX_HOME": "home", "PIPX_BIN_DIR": "bin", "PIPX_MAN_DIR": "man"}
+    env = {name: str(home / place) for name, place in places.items()}
+    env |= {"PIPX_DEFAULT_PYTHON": sys.executable, "PIPX_DEFAULT_BACKEND": "pip"}
+
+    def run_pipx(*arguments: object, **options):
+        return run(executable, *arguments, env=env, **options)
+
+    run_pipx.home = home
+    return run_pipx

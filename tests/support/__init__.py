@@ -1,0 +1,24 @@
+"""What tests share: where things are, and how long anything may take."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+QUANTIZED = ROOT / "tests" / "quantized" / "fixtures"  # by other tools
+TINY = ROOT / "examples" / "tiny-qwen3-vl-moe"
+OURS = "mlx_lm_qwen3vlmoe.model"  # where a model class lives that this package serves
+LIMIT = 300  # seconds that anything may take: no busy machine decides a test
+BIN = Path(sys.executable).parent
+HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
+HOST_HAS_THE_TYPE = HOST >= (0, 28, 3)  # by itself, before this package
+
+
+def thorough(*values: object) -> list:
+    """Parameters that `make test` leaves out, as the others cover their feature."""
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
