@@ -1,19 +1,17 @@
-"""Environments to test the installed package in, and the checkpoints to test it with."""
+"""What pytest hands to tests: things that take long to make, once for all of them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
+import support
 from support import LIMIT, ROOT
 from support.commands import CLEAN, WARM
 from support.environments import build
-from support.hub import Hub
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     WARM.off |= config.getoption("--fresh")
+    support.quick = "not thorough" in config.getoption("-m")
 
 
 @pytest.fixture(scope="session")
@@ -74,17 +73,3 @@ def error_in_the_unchanged_host():
 def tiny_questions() -> list[dict[str, str]]:
     """What the tiny model was trained to answer word for word."""
     return json.loads((ROOT / "examples" / "tiny_questions.json").read_text())
-
-
-@pytest.fixture
-def hub():
-    """The variables of a hub that is reached, as long as a test runs."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    server.shutdown()
-    server.server_close()

@@ -52,6 +52,8 @@ CASES = [
     *(f"tensor {name}" for name in FOREIGN_TENSOR),
     *(f"pipeline {name}" for name in FOREIGN_PIPELINE),
 ]
+# What `make test` runs: each kind of module that ranks cut, and each of what decides it.
+KINDS = {"official", "tied", "yarn", "mlx_lm_4bit", "awq-g64", "ct-mixed", "ct-mxfp4", "modelopt-nvfp4", "fp8-fused-v5"}
 # In 16 bits, with experts that this machine's CPU takes in float32, and with scales in float32.
 STORED = [
     *(f"tensor {name}" for name in ("tiny", "awq-g64", "fp8-fused-v5-bf16")),
@@ -128,10 +130,11 @@ def converted(work) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(work, converted) -> list[dict]:
+def two(request, work, converted) -> list[dict]:
     """The reports of two ranks."""
     jobs = {}
-    for case in CASES:
+    selected = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    for case in selected.intersection(CASES):
         mode, name = case.split()
         source = (FIXTURES if name in FLOAT else QUANTIZED) / name
         jobs[case] = job(mode, indexed(source, work / name, in_float32=True), source)
@@ -182,7 +185,9 @@ def assert_equal(ranks: list[dict], name: str) -> None:
         assert report[name]["token by token"] < TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [each for case in CASES for each in ([case] if case.split()[1] in KINDS else thorough(case))]
+)
 def test_logits_over_two_ranks_equal_torchs(two, case):
     """On both ranks, at once and token by token through the cache."""
     assert_equal(two, case)
@@ -232,13 +237,12 @@ def test_one_layer_a_rank_gives_torchs_logits(three):
     assert_equal(three, "even")
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", REFUSALS)
-def test_ranks_that_cannot_share_a_model_are_told_how_many_can(two, three, name):
+@pytest.mark.parametrize("name", [each for n in REFUSALS for each in ([n] if n[0] == "2" else thorough(n))])
+def test_ranks_that_cannot_share_a_model_are_told_how_many_can(request, name):
     """By one error on every rank, before anything has been evaluated."""
     _, field, numbers = REFUSALS[name]
     ranks = int(name[0])
-    for report in {2: two, 3: three}[ranks]:
+    for report in request.getfixturevalue({2: "two", 3: "three"}[ranks]):
         assert "refusal" in report[name], report[name]
         message = report[name]["refusal"]
         assert field in message
@@ -246,6 +250,7 @@ def test_ranks_that_cannot_share_a_model_are_told_how_many_can(two, three, name)
         assert report[name]["evaluated"] < 50_000
 
 
+@pytest.mark.thorough
 def test_a_refused_launch_ends_with_one_error_a_rank(work, tiny):
     """The command, as a user types it."""
     with launched(work / "refused", 3, BIN / "mlx_lm.chat", "--model", tiny, text="Hello\n") as launch:
@@ -307,9 +312,7 @@ def test_when_one_rank_is_killed_the_others_and_the_launcher_end(work, tiny, mod
             launch.reaches("an answer", lambda said=f"rank {rank} generates": said in launch.stdout)
         (pid,) = re.findall(rf"rank {victim} is process (\d+)", launch.stdout)
         os.kill(int(pid), signal.SIGKILL)
-        start = time.monotonic()
         stderr = launch.ends()
-        print(f"{mode}: ended after {time.monotonic() - start:.1f} s")
         assert re.search(rf"Node with rank {victim} exited with code -9", stderr)
         assert re.search(rf"Node with rank {1 - victim} (?:exited with code -?[1-9]|was killed)", stderr)
         assert launch.leaves_nothing()

@@ -13,7 +13,7 @@ import pytest
 from support import FIXTURES, QUANTIZED, TINY, thorough
 from support.commands import run
 from support.hollow import AWQ, BIG, FP8, awq, bf16, fp8, swapped, tensors, write, write_config
-from support.hub import Hub
+from support.hub import Hub, serving_hub
 
 from mlx_lm_qwen3vlmoe import CheckpointError
 from mlx_lm_qwen3vlmoe.files import headers
@@ -202,6 +202,12 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, files, error):
     with pytest.raises(CheckpointError, match=re.escape(error)) as caught:
         inspect(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub():
+    with serving_hub(Hub) as variables:
+        yield variables
 
 
 def test_a_repository_is_planned_without_its_tensors_being_fetched(tmp_path, hub):

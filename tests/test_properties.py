@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
-from support import thorough
+from support import examples, thorough
 from support.checkpoints import TOLERANCE, TYPES, Checkpoint, logits_error
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
@@ -87,7 +87,7 @@ def configs(
     return checkpoint, changes
 
 
-@settings(bounded, max_examples=1000)
+@settings(bounded, max_examples=examples(1000))
 @given(configs(CONFIGS, 4))
 def test_any_config_is_a_model_or_one_error(drawn):
     checkpoint, _ = drawn
@@ -121,7 +121,7 @@ def outcome(checkpoint: Checkpoint) -> float | None:
     return None
 
 
-@settings(bounded, max_examples=200)
+@settings(bounded, max_examples=examples(200))
 @given(configs([*FLOAT, "mlx_lm_4bit"], 2, fixed=("text_config", "model_type", "architectures")))
 def test_a_config_that_loads_gives_torchs_logits_unless_its_meaning_changed(drawn):
     checkpoint, changes = drawn
@@ -131,7 +131,7 @@ def test_a_config_that_loads_gives_torchs_logits_unless_its_meaning_changed(draw
         assert error < TOLERANCE, changes
 
 
-@settings(bounded, max_examples=100)
+@settings(bounded, max_examples=examples(100))
 @given(
     field=st.sampled_from(["rope_theta", "rms_norm_eps", "num_experts_per_tok"]),
     value=st.integers(1, 5) | st.floats(1e-9, 1e9),
@@ -215,14 +215,14 @@ def check(drawn: tuple[Checkpoint, list[tuple[str, str]]]) -> None:
 
 
 @pytest.mark.parametrize("name", [FLOAT[0], *thorough(*FLOAT[1:])])
-@settings(bounded, max_examples=60)
+@settings(bounded, max_examples=examples(60))
 @given(data=st.data())
 def test_any_tensor_may_be_missing_or_of_another_name_or_shape(name, data):
     check(data.draw(tensors(name, ("drop", "rename", "double", "reshape", "cut", "turn"))))
 
 
 @pytest.mark.parametrize("name", [FOREIGN[0], *thorough(*FLOAT, *FOREIGN[1:], "mlx_lm_4bit")])
-@settings(bounded, max_examples=60)
+@settings(bounded, max_examples=examples(60))
 @given(data=st.data())
 def test_any_tensor_may_be_of_another_type_too(name, data):
     check(data.draw(tensors(name, ("drop", "rename", "double", "reshape", "cut", "turn", "recast", "recast"))))

@@ -11,19 +11,17 @@ import struct
 import subprocess
 import sys
 import termios
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import load_model, save_config, save_model
-from support import FIXTURES, TINY
+from support import FIXTURES, TINY, thorough
 from support.checkpoints import Checkpoint, split
 from support.commands import CLEAN, run
-from support.hub import Hub
+from support.hub import Hub, serving_hub
 from support.tuned import converted, files, pair_in, tuned, weights_of
 
 from mlx_lm_qwen3vlmoe.restoring.restore import restore
@@ -66,7 +64,9 @@ def test_there_are_originals_of_every_layout():
     assert {"mlx_vlm", "text_4_57_6", "text_5_23_0", "per_expert_projection_first", "square_gate_v5"} <= set(FLOAT)
 
 
-@pytest.mark.parametrize("at_once", [1, 5_000, 32_000_000])  # bytes: an expert or a row, some, a whole tensor
+@pytest.mark.parametrize(
+    "at_once", [5_000, *thorough(1, 32_000_000)]
+)  # bytes: an expert or a row, some, a whole tensor
 @pytest.mark.parametrize("name", FLOAT)
 def test_text_that_was_not_changed_comes_back_bit_for_bit(name, at_once, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_lm_qwen3vlmoe.files.stored._AT_ONCE", at_once)
@@ -237,20 +237,13 @@ def test_every_expert_has_its_own_second_scale_of_nvfp4():
 def test_the_original_may_be_a_repository_on_the_hub_or_in_its_cache(tmp_path):
     """Against a server that speaks the hub's protocol, then from what that left in the cache."""
     made = converted(TINY, tmp_path / "tuned")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_HUB_DISABLE_XET": "1"}
-    try:
-        command(
-            made, "--original", "some/model", "--save-path", tmp_path / "1", env=environment | {"HF_HUB_OFFLINE": "0"}
-        )
-    finally:
-        server.shutdown()
-    command(made, "--original", "some/model", "--save-path", tmp_path / "2", env=environment)
+    home = {"HF_HOME": str(tmp_path / "home")}
+    with serving_hub(Hub) as variables:
+        command(made, "--original", "some/model", "--save-path", tmp_path / "1", env=variables | home)
+    command(made, "--original", "some/model", "--save-path", tmp_path / "2", env=home)
     assert files(tmp_path / "1") == files(tmp_path / "2") == files(TINY)
     assert not any(path.is_symlink() for path in (tmp_path / "1").iterdir())
-    error = command(made, "--original", "a/c", "--save-path", tmp_path / "3", check=False, env=environment)
+    error = command(made, "--original", "a/c", "--save-path", tmp_path / "3", check=False, env=home)
     assert error.returncode == 1
     assert "a/c: no such folder; the hub's cache on this machine does not have all of it" in error.stderr
 
@@ -270,15 +263,10 @@ class QuantizedHub(Hub):
 
 
 def test_a_quantized_repository_is_refused_before_it_is_downloaded(tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), QuantizedHub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     arguments = (FIXTURES / "mlx_lm_float", "--original", "Qwen/Qwen3-VL-30B-A3B-Thinking-FP8")
-    try:
+    with serving_hub(QuantizedHub) as variables:
+        environment = variables | {"HF_HOME": str(tmp_path / "home")}
         done = command(*arguments, "--save-path", tmp_path / "out", check=False, env=environment)
-    finally:
-        server.shutdown()
     assert "Take the one that it was made from: Qwen/Qwen3-VL-30B-A3B-Thinking." in done.stderr
     assert any("config.json" in path for path in QuantizedHub.asked)
     assert not any("model.safetensors" in path for path in QuantizedHub.asked)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import examples
 
 from mlx_lm_qwen3vlmoe import ModelArgs
 from mlx_lm_qwen3vlmoe.layouts.names import HEAD
@@ -142,7 +143,11 @@ def checkpoints(draw) -> tuple[Weights, dict]:
 
 
 any_size = settings(
-    deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=examples(300),
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 

@@ -19,6 +19,14 @@ HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
 HOST_HAS_THE_TYPE = HOST >= (0, 28, 3)  # by itself, before this package
 
 
+quick = False  # for `make test`, which leaves thorough tests out: set before any test is collected
+
+
+def examples(number: int) -> int:
+    """How many examples hypothesis draws."""
+    return number // 8 if quick else number
+
+
 def thorough(*values: object) -> list:
     """Parameters that `make test` leaves out, as the others cover their feature."""
     return [pytest.param(value, marks=pytest.mark.thorough) for value in values]

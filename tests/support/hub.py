@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 from . import TINY
 
@@ -54,3 +57,19 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+@contextmanager
+def serving_hub(handler: type[Hub]) -> Iterator[dict[str, str]]:
+    """The variables of a hub that can be reached for a while."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+    finally:
+        server.shutdown()
+        server.server_close()
