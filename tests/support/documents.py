@@ -31,6 +31,7 @@ LISTED = {
     "python make_tiny.py": "tests/test_plugins.py",
     "mlx_lm.generate --model tiny-random": "tests/test_plugins.py",
     "mlx_lm.convert --hf-path tiny-random": "tests/test_plugins.py",
+    ".venv/bin/python -m pytest ": "Makefile",  # the tests themselves
     ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
     "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     "mlx_vlm.generate --model tuned ": "tests/slow/test_restore_slow.py",  # needs mlx-vlm
