@@ -125,6 +125,86 @@ def test_a_stray_rope_at_the_top_level_is_not_believed():
     assert text["rope_theta"] == 5000000
 
 
+YARN = {"factor": 3.0, "original_max_position_embeddings": 262144}
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "scaling"),
+    [
+        pytest.param({"rope_scaling": {"type": "yarn", **YARN}}, 5000000, {"rope_type": "yarn", **YARN}, id="type"),
+        pytest.param(
+            {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"type": "yarn", "rope_theta": 7, **YARN}},
+            *(7, {"rope_type": "yarn", **YARN}),
+            id="type in rope_parameters",
+        ),
+        pytest.param(
+            {"rope_parameters": NEWER_ROPE, "rope_scaling": {"type": "yarn", **YARN}},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="type beside rope_type of the other field",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", "attention_factor": 2.0, **YARN}, "rope_scaling": YARN},
+            *(5000000, {"rope_type": "default", **YARN}),
+            id="no type beside yarn in the other field",
+        ),
+        pytest.param(
+            {
+                "rope_parameters": {"rope_type": "yarn", "attention_factor": 2.0, "partial_rotary_factor": 0.5, **YARN},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            },
+            *(5000000, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+            id="yarn in both",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": {}},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="an empty rope_scaling",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": None},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="no rope_scaling",
+        ),
+        pytest.param(
+            {"rope_theta": ..., "rope_scaling": {"rope_type": "yarn", "rope_theta": 7, **YARN}},
+            *(7, {"rope_type": "yarn", **YARN}),
+            id="theta in rope_scaling",
+        ),
+        pytest.param(
+            {"rope_scaling": {"type": "default", "rope_type": "yarn", **YARN}},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="both names of the type",
+        ),
+        pytest.param({"rope_scaling": {"type": "mrope"}}, 5000000, {"rope_type": "default"}, id="mrope"),
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_rope_scaling_takes_the_place_of_rope_parameters(fields, theta, scaling, nested):
+    """As `Qwen3VLMoeConfig` of transformers 5.24.0 read all of these but ``mrope``, a type of Qwen2-VL's."""
+    config = official(**fields)
+    if not nested:
+        config |= config.pop("text_config") | {"model_type": "qwen3_vl_moe"}
+    text = normalize(config)
+    assert (text["rope_theta"], text["rope_scaling"]) == (theta, scaling)
+    assert "rope_parameters" not in text
+
+
+def test_theta_stays_where_rope_scaling_takes_the_place_of_the_field_that_has_it():
+    """transformers 5.24.0 falls back to a theta of 500000 there, for which no weights were trained."""
+    fields = {"rope_parameters": NEWER_ROPE, "rope_scaling": {"rope_type": "yarn", **YARN}}
+    text = normalize(official(rope_theta=..., **fields) | {"transformers_version": "5.24.0"})
+    assert text["rope_theta"] == 5000000
+
+
+@pytest.mark.parametrize("text", [{}, {"rope_theta": ..., "rope_scaling": ...}])
+def test_rope_at_the_top_level_is_not_that_of_the_text_config(text):
+    """Not even where the text config has none: then the theta is the writer's default."""
+    stray = {"rope_theta": 7, "rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_theta": 8}}
+    found = normalize(official(**text) | stray)
+    assert found["rope_theta"] == 5000000
+    assert found["rope_scaling"]["rope_type"] == "default"
+
+
 def test_text_fields_at_the_top_level_are_gathered():
     nested = official()
     flat = {name: value for name, value in nested.items() if name != "text_config"} | nested["text_config"]
