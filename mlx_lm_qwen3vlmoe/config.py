@@ -28,7 +28,7 @@ from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
 from .errors import LARGEST, CheckpointError, check_positive, config_error
-from .quantization.description import take_quantization
+from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class ModelArgs(BaseModelArgs):
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tie = tied(params)
         text_config = normalize(params)
-        foreign = take_quantization(params)
+        foreign = foreign_quantization(params)
+        settle_quantization(params)
         return cls(
             params.get("model_type", "qwen3_vl_moe"),
             text_config,

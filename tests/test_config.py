@@ -15,6 +15,7 @@ from mlx_lm.models import qwen3_moe
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 from mlx_lm_qwen3vlmoe.config import normalize
+from mlx_lm_qwen3vlmoe.quantization.description import foreign_quantization, own_quantization, settle_quantization
 
 # The official 30B config as published: tie_word_embeddings at the top level only.
 OFFICIAL = {
@@ -280,6 +281,34 @@ def test_yarn_without_an_original_length_takes_the_context_length_as_transformer
     missing = yarn()
     del missing["original_max_position_embeddings"]
     assert mx.array_equal(tiny(missing).layers[0].self_attn.rope._freqs, given._freqs)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
+MLX = {"bits": 4, "group_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "foreign", "own"),
+    [
+        ({}, None, None),
+        ({"quantization_config": AWQ}, AWQ, None),
+        ({"text_config": {"compression_config": AWQ}}, AWQ, None),
+        ({"quantization": MLX, "quantization_config": MLX}, None, MLX),
+        ({"quantization_config": MLX}, None, MLX),
+        ({"quantization": MLX, "text_config": {"quantization_config": AWQ}}, None, MLX),  # of before a conversion
+        ({"quantization_config": {"quant_method": "auto-round", "packing_format": "mlx", **MLX}}, None, MLX),
+    ],
+)
+def test_quantization_is_another_tools_or_mlxs_wherever_it_stands(config, foreign, own):
+    """To ask changes nothing; what is settled is all that the host looks at."""
+    before = copy.deepcopy(config)
+    assert (foreign_quantization(config), own_quantization(config)) == (foreign, own)
+    assert config == before
+    settle_quantization(config)
+    assert (config.get("quantization"), own_quantization(config)) == (own, own)
+    for home in (config, config.get("text_config", {})):
+        for field in ("quantization_config", "compression_config"):
+            assert home.get(field) in (None, MLX)
 
 
 def test_importing_the_package_imports_neither_mlx_nor_the_host():

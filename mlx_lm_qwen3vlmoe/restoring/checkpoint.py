@@ -16,7 +16,7 @@ from ..files.stored import FLOATS, steps, stored
 from ..inspection.report import hollow_model
 from ..layouts.names import EMBEDDINGS, HEAD, shortened
 from ..quantization import Parameters
-from ..quantization.description import take_quantization
+from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime.backend import planned
 from ..sanitize import by_layer, rename, unsanitize
 
@@ -78,7 +78,7 @@ class Tuned(Checkpoint):
     def refuse(self) -> None:
         if adapter := next((name for name in self.tensors if "lora_" in name), None):
             raise _not_fused(f"{self.folder}: {shortened(adapter)}")
-        if take_quantization(self.config) is not None:
+        if foreign_quantization(self.config) is not None:
             raise _not_by_mlx(self.folder, "quantization_config of another tool")
 
     def rows(self, path: str, first: int, last: int) -> mx.array:
@@ -141,7 +141,7 @@ def original_folder(name: str) -> Path:
 
 def check_unquantized(folder: Path, name: str) -> None:
     config = read_config(folder, name)
-    if take_quantization(config) is not None or config.get("quantization"):
+    if foreign_quantization(config) or own_quantization(config):
         raise _quantized(name, "quantization in config.json")
 
 
