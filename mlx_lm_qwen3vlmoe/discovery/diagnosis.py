@@ -5,7 +5,6 @@ Importing this package installs no finder, so the one on ``sys.meta_path`` now i
 
 from __future__ import annotations
 
-import inspect
 import os
 import platform
 import shutil
@@ -85,10 +84,10 @@ def _backend() -> str:
 
 def _host(model_type: str) -> dict[str, Any]:
     """What mlx-lm has: the type itself, the module it takes it for, and what this package's model passes on."""
-    moe = import_module(f"{registry.GROUP}.qwen3_moe")
+    from ..runtime import host
+
     remapped = getattr(import_module("mlx_lm.utils"), "MODEL_REMAPPING", {}).get(model_type, model_type)
-    can = {"shard": hasattr(moe.Model, "shard"), "pipeline": hasattr(getattr(moe, "Qwen3MoeModel", None), "pipeline")}
-    can["input_embeddings"] = "input_embeddings" in inspect.signature(moe.Model.__call__).parameters
+    can = {"shard": host.SHARD, "pipeline": host.PIPELINE, "input_embeddings": host.EMBEDDINGS}
     return {"module": remapped, "own_type": own_module(model_type) is not None, **can}
 
 
