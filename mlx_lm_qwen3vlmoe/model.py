@@ -85,7 +85,7 @@ class Model(nn.Module):
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
         backend.adapt(self.language_model)
-        lazy.Turns().take(self.language_model)
+        lazy.quantize_in_turn(self.language_model)
         if host.PIPELINE:
             self.model.pipeline = Pipeline(self.model)
 
