@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files.writing import whole
+from ..files.writing import new_folder
 from . import mlx, peft
 from .base import Base
 from .files import CONFIG, read_config, write
@@ -39,7 +39,7 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
     found.modules = {path: found.modules[path] for path in sorted(found.modules, key=layer_order)}
     check(found, base.shapes("--model" if model else None))
     done = f"{'DoRA' if found.dora else 'LoRA'} of {len(found.modules)} modules"
-    with whole(Path(save_path), 0) as stage:
+    with new_folder(Path(save_path), 0) as stage:
         if from_peft:
             write(stage, mlx.FILE, *mlx.write(found))
         else:

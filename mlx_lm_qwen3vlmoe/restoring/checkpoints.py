@@ -12,7 +12,7 @@ import mlx.core as mx
 from .. import quantization
 from ..errors import CheckpointError
 from ..files.headers import CONFIGS, hub_folder, local_headers, read_config
-from ..files.stored import FLOATS, steps, stored
+from ..files.tensors import FLOATS, find_tensors, row_ranges
 from ..inspection.report import hollow_model
 from ..layouts.names import EMBEDDINGS, HEAD, shortened
 from ..quantization import Parameters
@@ -38,7 +38,7 @@ class Checkpoint:
         self.config = read_config(folder, str(folder))
         headers = local_headers(folder, [])
         self.files = [folder / name for name in headers]
-        self.tensors = stored(folder, headers)
+        self.tensors = find_tensors(folder, headers)
         self.refuse()
         with planned():
             try:
@@ -91,7 +91,7 @@ class Tuned(Checkpoint):
     def check_tied(self) -> None:
         """The head is the embeddings, as a tied original has no place for another."""
         rows = self.text_config["vocab_size"]
-        for first, last in steps(rows, 4 * rows * self.text_config["hidden_size"]):
+        for first, last in row_ranges(rows, 4 * rows * self.text_config["hidden_size"]):
             head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
             if not mx.array_equal(head, embeddings, equal_nan=True).item():
                 raise CheckpointError(
