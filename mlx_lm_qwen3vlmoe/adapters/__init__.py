@@ -1,7 +1,7 @@
 """LoRA and DoRA of PEFT → those of ``mlx_lm``, and the reverse, with the same merged weights.
 
-Data flows from files to a form of its own (`lora.Adapter`), and from there to files: `peft` and `mlx` know one format
-each.
+Data flows from files to a form of its own (`lora.Adapter`), and from there to files: `mlx` knows one format, `peft` and
+`peft_writing` the other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files.writing import new_folder
-from . import mlx, peft
+from . import mlx, peft, peft_writing
 from .base import Base
 from .files import CONFIG, read_config, write
 from .lora import check, layer_order
@@ -43,7 +43,7 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
         if from_peft:
             write(stage, mlx.FILE, *mlx.write(found))
         else:
-            write(stage, peft.FILE, *peft.write(found, mlx.read(folder)))
+            write(stage, peft.FILE, *peft_writing.write(found, mlx.read(folder)))
     return f"{save_path}: {done}, for {'mlx_lm' if from_peft else 'PEFT'}"
 
 
