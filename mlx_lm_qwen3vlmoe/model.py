@@ -8,7 +8,6 @@ converted or fine-tuned with one loads in the other.
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
 from collections.abc import Callable
@@ -60,10 +59,7 @@ class Pipeline:
         first = decoder.pipeline_rank == decoder.pipeline_size - 1
         self.widens = anywhere and not (wide and first)  # the first stage computes as one machine would
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
-        return Pipeline(copy.deepcopy(self.decoder(), memo), self.widens)
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # by which it is copied, too
         return Pipeline, (self.decoder(), self.widens)
 
 

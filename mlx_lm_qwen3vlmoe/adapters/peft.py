@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..layouts.names import EMBEDDINGS, NUMBER, host_name, shortened
+from ..layouts.names import EMBEDDINGS, NUMBER, shortened
 from . import fused
 from .base import Base
 from .files import broken, read_tensors
 from .fused import DOWN, GATE_UP, Pair
-from .lora import Adapter, Lora, check_shapes, sizes, stack, unlike_base
+from .lora import Adapter, Lora, check_shapes, host_path, sizes, stack, unlike_base
 from .peft_config import PeftConfig
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, Module]:
     adapters = set()
     for tensor, array in tensors.items():
         name = _module_of(tensor)
-        path = _host_path(name)
+        path = host_path(name)
         if path is None or _COPY.fullmatch(name):
             continue
         part, adapter = _part_of(tensor, path)
@@ -116,15 +117,6 @@ def _module_of(tensor: str) -> str:
     return name
 
 
-def _host_path(module: str) -> str | None:
-    """The path of a module in the host's model: None for one of vision, and empty for what no such model has."""
-    try:
-        name = host_name(f"{module}.weight")
-    except CheckpointError:
-        return ""
-    return name and name.removesuffix(".weight")
-
-
 def _part_of(tensor: str, path: str) -> tuple[str, str]:
     """Which part of its module a tensor is, and the name of its adapter, which may be empty."""
     match = _TENSOR.fullmatch(tensor)
@@ -139,7 +131,7 @@ def _part_of(tensor: str, path: str) -> tuple[str, str]:
 
 def _announce_left_out(tensors: dict[str, mx.array]) -> None:
     names = {tensor: _module_of(tensor) for tensor in tensors}
-    if vision := {name for name in names.values() if _host_path(name) is None}:
+    if vision := {name for name in names.values() if host_path(name) is None}:
         logger.warning("Left out: the adapters of %d vision layers, which a text model has no use for.", len(vision))
     if copies := [tensor for tensor, name in names.items() if name not in vision and _COPY.fullmatch(name)]:
         logger.warning("Left out: %s, which PEFT copies from the base model.", ", ".join(copies))
@@ -147,12 +139,11 @@ def _announce_left_out(tensors: dict[str, mx.array]) -> None:
 
 def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     """The change of a module that has a weight of its own."""
-    parts = dict(module.parts)
+    parts = module.parts
     kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A", "B")
     expected = {*kinds, *(["magnitude_vector"] if config.dora else [])}
     if parts.keys() != expected:
-        found = " and ".join(f"lora_{kind}" for kind in sorted(parts))
-        raise broken(module.name, " and ".join(f"lora_{kind}" for kind in sorted(expected)), found)
+        raise broken(module.name, _listed(expected), _listed(parts))
     parameter = f"{module.name}.weight"
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
@@ -163,6 +154,10 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     if not _SINGLE.fullmatch(path):
         check_shapes(path, lora)
     return lora
+
+
+def _listed(kinds: Iterable[str]) -> str:
+    return " and ".join(f"lora_{kind}" for kind in sorted(kinds))
 
 
 def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) -> dict[str, Lora]:
@@ -202,11 +197,9 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
             targets = "LoRA of those of gate_up_proj and down_proj that target_parameters names"
             raise broken(module.name, targets, f"one for {config.parameters}")
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
-        parts = module.parts
-        if parts.keys() != {"A", "B"}:
-            found = " and ".join(f"lora_{kind}" for kind in sorted(parts))
-            raise broken(module.name, f"lora_A and lora_B of {name}", found)
-        a, b = parts["A"], parts["B"]
+        if module.parts.keys() != {"A", "B"}:
+            raise broken(module.name, f"lora_A and lora_B of {name}", _listed(module.parts))
+        a, b = module.parts["A"], module.parts["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
             shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name} by r and rank_pattern"
             raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")

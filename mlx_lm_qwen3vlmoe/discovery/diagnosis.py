@@ -196,10 +196,8 @@ def _outdone(report: dict[str, Any], plugin: dict[str, Any]) -> Verdict:
         fix = f"claim {module} in the plug-in's entry points"
         return f"mlx-lm takes {name} for {module} before it asks for a plug-in", fix
     if winner != plugin["value"].strip():
-        return (
-            f"{winner} serves it, with the finder of {report['hook']['finder']} in force",
-            "update or uninstall that one",
-        )
+        what = f"{winner} serves it, with the finder of {report['hook']['finder']} in force"
+        return what, "update or uninstall that one"
     return None
 
 

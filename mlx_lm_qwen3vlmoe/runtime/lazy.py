@@ -23,7 +23,6 @@ from where about twenty arrays wait, and then computes in the reverse of that or
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable
@@ -128,8 +127,5 @@ class _InTurn:
         module: Any = self.module()
         return inspect.signature(type(module).to_quantized.__get__(module))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _InTurn:
-        return _InTurn(copy.deepcopy(self.module(), memo), copy.deepcopy(self.turns, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # by which it is copied, too
         return _InTurn, (self.module(), self.turns)
