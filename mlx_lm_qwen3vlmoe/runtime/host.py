@@ -23,7 +23,7 @@ from ..errors import HostError
 
 EMBEDDINGS = "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters
 SHARD = hasattr(qwen3_moe.Model, "shard")
-PIPELINE = hasattr(qwen3_moe.Qwen3MoeModel, "pipeline")
+PIPELINE = hasattr(getattr(qwen3_moe, "Qwen3MoeModel", None), "pipeline")  # without it, the model says what is missing
 
 
 def only_with_embeddings(call: Callable[..., Any]) -> Callable[..., Any]:
