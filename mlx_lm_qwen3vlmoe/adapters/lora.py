@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..layouts.names import DECODER, EMBEDDINGS, HEAD, NUMBER
+from ..layouts.names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name
 from .files import broken
 
 _LAYER = rf"{re.escape(DECODER)}layers\.{NUMBER}"
@@ -114,6 +114,15 @@ def stack(path: str, experts: list[Lora | None]) -> Lora:
             shapes = f"{list(lora.a.shape)} and {list(lora.b.shape)}"
             raise broken(path.replace("switch_mlp", f"experts.{number}"), "the shapes of the other experts", shapes)
     return Lora(mx.stack([lora.a for lora in found]), mx.stack([lora.b for lora in found]), scale, first.magnitude)
+
+
+def host_path(module: str) -> str | None:
+    """The path of a module in the host's model: None for one of vision, and empty for what no such model has."""
+    try:
+        name = host_name(f"{module}.weight")
+    except CheckpointError:
+        return ""
+    return name and name.removesuffix(".weight")
 
 
 def is_expert(path: str) -> bool:

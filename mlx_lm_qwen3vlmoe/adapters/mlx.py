@@ -23,10 +23,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..layouts.names import host_name, shortened
+from ..layouts.names import shortened
 from .fields import Fields
 from .files import broken, read_config, read_tensors
-from .lora import Adapter, Lora, in_common, is_expert
+from .lora import Adapter, Lora, host_path, in_common, is_expert
 
 FILE = "adapters.safetensors"
 _TENSOR = re.compile(r"(.+)\.(lora_a|lora_b|m)")
@@ -58,16 +58,13 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
         match = _TENSOR.fullmatch(name)
-        try:
-            path = host_name(f"{match[1]}.weight") if match else None
-        except CheckpointError:
-            path = None
-        if match is None or path is None:
+        path = host_path(match[1]) if match else None
+        if match is None or not path:
             raise CheckpointError(
                 f"{shortened(name)}: expected lora_a, lora_b or m of a layer, found a tensor that is none. Is the "
                 "adapter of another model type, or of full training?"
             )
-        module = modules.setdefault(path.removesuffix(".weight"), {})
+        module = modules.setdefault(path, {})
         if match[2] in module:
             raise broken(name, "it once", "it twice, under two names")
         module[match[2]] = array
