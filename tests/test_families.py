@@ -195,6 +195,7 @@ def test_a_family_has_fixtures_with_its_detail_and_all_of_its_marks(family):
     assert fixtures
     assert any(family.detail in description for description in fixtures.values()) == bool(family.detail)
     seen = {suffix for folder in fixtures for tensors in layers_of(folder).values() for suffix in tensors}
+    assert seen
     assert seen - quantization.IGNORED - MLX_NAMES == {m for m in family.marks if (family.methods[0], m) not in UNSEEN}
 
 
@@ -262,3 +263,30 @@ def test_a_family_without_a_part_fails_at_import():
         Partial()
     with pytest.raises(TypeError, match="Lacking: expected formats, marks, found nothing"):
         type("Lacking", (Family,), {"methods": ("x",), "detail": ""})
+
+
+@BY_NAME
+def test_a_field_of_another_type_is_one_error_or_none(family):
+    """Every field of a description, and of what it says of single layers."""
+    fields: dict[str, tuple[Path, dict]] = {}
+    for folder, old in described(family).items():
+        fields |= {field: (folder, old) for field in old if field not in fields}
+    layers = {folder: layers_of(folder) for folder, _ in fields.values()}
+    for field, (folder, old) in fields.items():
+        kinds = [{field: value} for value in ([], ["x"], {"x": 1}, "x", 1.5, 10**12)]
+        if isinstance(old[field], dict):
+            kinds += [{field: {key: value}} for key in old[field] for value in ([], ["x"], "x", 1.5)]
+        text = ModelArgs.from_dict(json.loads((folder / "config.json").read_text())).text_config
+        for changed in kinds if field != "quant_method" else []:
+            with suppress(CheckpointError):
+                description = quantization.read_description(old | changed)
+                for path, tensors in layers[folder].items():
+                    decoded(path, tensors, description, shape=linear_shape(path, text))
+
+
+@pytest.mark.parametrize("key", ["model.language_model.layers.0.self_attn.q_proj", r".*\.q_proj"])
+def test_autorounds_extra_config_is_of_the_layers_that_it_names(key):
+    description = {"quant_method": "auto-round", "bits": 4, "extra_config": {key: {"bits": 8}}}
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    assert quantization.layer_settings(description, name)["bits"] == 8
+    assert quantization.layer_settings(description, name.replace("q_proj", "k_proj"))["bits"] == 4
