@@ -29,6 +29,7 @@ from mlx_lm.utils import load_model
 
 import mlx_lm_qwen3vlmoe
 from mlx_lm_qwen3vlmoe import quantization
+from mlx_lm_qwen3vlmoe.layouts.experts import LAYOUTS
 from mlx_lm_qwen3vlmoe.runtime import backend
 
 BIN = Path(sys.executable).parent
@@ -368,6 +369,13 @@ def test_the_table_of_formats_is_that_of_the_code():
     text = DOCUMENTS["checkpoints.md"].read_text().partition("| format | recognized by |")[2]
     found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("\n\n")[0])
     assert [tuple(row) for row in found] == [row for family in quantization.FAMILIES for row in family.formats]
+
+
+def test_the_table_of_layouts_is_that_of_the_code():
+    """By the names that `inspect` prints."""
+    text = DOCUMENTS["checkpoints.md"].read_text().partition("| `inspect` says | tensors |")[2]
+    found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| .+? \| .+? \|$", text.partition("\n\n")[0])
+    assert [tuple(row) for row in found] == list(LAYOUTS)
 
 
 def test_without_the_plug_in_an_official_config_gives_the_message():

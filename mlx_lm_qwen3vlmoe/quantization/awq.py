@@ -158,10 +158,4 @@ def _marlin_order() -> tuple[int, ...]:
 
 _MARLIN_SCALES = tuple(i + 8 * j for i in range(8) for j in range(8))
 _MARLIN_CHANNELS = tuple(2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25))
-_VERSIONS = {
-    "gemm": _gemm,
-    "exllama": _gemm,
-    "gemv": _gemv,
-    "gemv_fast": _gemv_fast,
-    "marlin": _marlin,
-}
+_VERSIONS = {"gemm": _gemm, "exllama": _gemm, "gemv": _gemv, "gemv_fast": _gemv_fast, "marlin": _marlin}

@@ -34,10 +34,10 @@ from .schemes import (
     block_of,
     check,
     grid_of,
+    is_named,
     of_each_output,
     scheme_of_words,
     schemes_for,
-    settings,
     shared_by,
     width_of,
 )
@@ -69,7 +69,12 @@ class CompressedTensors(Family):
         check(description)
 
     def settings(self, description: Description, name: str) -> Description:
-        return settings(description, name)
+        """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
+        described = (description.get("config_groups") or {}).values()
+        groups = [group for group in described if group and group.get("weights")]
+        named = [group["weights"] for group in groups if any(is_named(t, name) for t in group.get("targets") or [])]
+        schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+        return {**description, "schemes": schemes}
 
     def decode(self, layer: Layer) -> Decoded:
         if layer.has("weight_packed", mx.int32, mx.uint32):
