@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from . import fp8
 from .affine import BITS, affine
-from .family import Description, Family, Format
+from .family import Description, Family
 from .gptq import in_order
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
@@ -48,20 +48,10 @@ class CompressedTensors(Family):
     detail = "format"
     marks = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
     formats = (
-        Format(
-            "compressed-tensors `pack-quantized`",
-            "`weight_packed` in int32",
-            "affine; in act-order float",
-            "packed; 16 bits",
-        ),
-        Format("compressed-tensors `int-quantized`", "`weight` in int8", "affine, 8 bits", "packed"),
-        Format(
-            "MXFP4 of compressed-tensors and ModelOpt",
-            "`weight_scale` in uint8 for 32 weights of 4 bits",
-            "`mxfp4`",
-            "packed",
-        ),
-        Format("MXFP8", "`weight` in e4m3, `weight_scale` in uint8 for 32 weights", "`mxfp8`", "packed"),
+        "compressed-tensors `pack-quantized` | `weight_packed` in int32 | affine; in act-order float | packed; 16 bits",
+        "compressed-tensors `int-quantized` | `weight` in int8 | affine, 8 bits | packed",
+        "MXFP4 of compressed-tensors and ModelOpt | uint8 `weight_scale` for 32 weights of 4 bits | `mxfp4` | packed",
+        "MXFP8 | `weight` in e4m3, `weight_scale` in uint8 for 32 weights | `mxfp8` | packed",
     )
     undescribed = ("weight_global_scale",)
 
