@@ -7,7 +7,8 @@ layer: gate and up ``[E, I, H]``, down ``[E, H, I]``, the ``[out, in]`` of a lin
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
 from ..quantization import Decoded, Tensors
@@ -17,6 +18,41 @@ from .stacking import PROJECTIONS, Layers, Part, missing, rejoined, split, stack
 
 _EXPERT = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down|gate_up)_proj)")
 _FUSED = re.compile(r"(.+\.mlp)\.experts\.(gate_up_proj|down_proj)")
+
+
+class Layout(NamedTuple):
+    """A row of the table of layouts in docs/checkpoints.md: its name in `inspect`, and its tensors."""
+
+    name: str
+    tensors: str
+
+
+IN_OUT = Layout(
+    "fused experts, [experts, in, out] (official release, transformers 4.57)",
+    "`experts.gate_up_proj [E, H, 2I]`, `experts.down_proj [E, I, H]`",
+)
+OUT_IN = Layout(
+    "fused experts, [experts, out, in] (transformers 5.2 or newer)",
+    "`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`",
+)
+MISCUT = Layout(
+    "one tensor an expert, cut along the wrong axis (transformers 5.0, 5.1)",
+    "`experts.0.gate_proj.weight [H/2, 2I]`, … `down_proj.weight [I, H]`",
+)
+SINGLE = Layout(
+    "one tensor an expert",
+    "`experts.0.gate_proj.weight [I, H]`, … `down_proj.weight [H, I]`; or `experts.gate_proj.0.weight`, …",
+)
+GATE_UP = Layout(
+    "one tensor an expert, gate and up in one (AutoRound)",
+    "`experts.gate_up_projs.0.qweight`, `experts.down_projs.0.qweight`",
+)
+STACKED = Layout(
+    "stacked experts (mlx-lm, mlx-vlm)",
+    "`switch_mlp.gate_proj.weight`, with `.scales` and `.biases` if quantized",
+)
+LAYOUTS = (IN_OUT, OUT_IN, MISCUT, SINGLE, GATE_UP, STACKED)
+ONE_BY_ONE = (MISCUT, SINGLE, GATE_UP)
 
 
 class Experts:
@@ -59,6 +95,18 @@ class Experts:
                     "it. Correct num_experts in config.json."
                 )
 
+    def layout(self, sizes: dict[str, Any]) -> Layout:
+        """As the shapes of stored weights tell; those that a tool packed tell it only once they are decoded."""
+        stored = self.fused | {name: next(iter(found.values())) for name, found in self.single.items()}
+        shapes = {name: list(tensors["weight"].shape) for name, tensors in stored.items() if "weight" in tensors}
+        gate_up, gate, down = (shapes.get(name, []) for name in ("gate_up_proj", "gate_proj", "down_proj"))
+        if self.fused:
+            return IN_OUT if _inputs_first(gate_up, down) else OUT_IN
+        if "gate_up_proj" in self.single:
+            return GATE_UP
+        h, i = sizes.get("hidden_size"), sizes.get("moe_intermediate_size")
+        return MISCUT if down == [i, h] and gate == [down[1] // 2, 2 * down[0]] else SINGLE
+
     def in_out(self, sizes: dict[str, Any]) -> bool | None:
         """How fused experts are stored; None for others, or where one of the two tensors is not there."""
         fused = len(self.fused) == 2 and all("weight" in tensors for tensors in self.fused.values())
@@ -86,6 +134,14 @@ class Experts:
             for projection, experts in self.single.items()
         }
         return unstack(self.mlp, shapes, sizes)
+
+
+def layout_of(layers: Layers, sizes: dict[str, Any]) -> Layout | None:
+    """How the first experts of a checkpoint are stored; None without experts. Raises `CheckpointError`."""
+    others, found = gather(layers)
+    if found:
+        return found[0].layout(sizes)
+    return STACKED if any(".switch_mlp." in path for path in others) else None
 
 
 def gather(layers: Layers) -> tuple[Layers, list[Experts]]:
@@ -132,7 +188,8 @@ def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
     tensors that contradict each other are nobody's.
     """
     e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
-    found: dict[str, bool | None] = {}
+    in_out = _inputs_first(*(fused[name]["weight"].shape for name in ("gate_up_proj", "down_proj")))
+    contradicting = False
     for name, shape in (("gate_up_proj", (e, h, 2 * i)), ("down_proj", (e, i, h))):
         swapped = (*shape[:-2], shape[-1], shape[-2])
         stored = fused[name]["weight"].shape
@@ -142,12 +199,16 @@ def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
                 f"{list(stored)}. Are num_experts, hidden_size and moe_intermediate_size in config.json those of this "
                 "checkpoint?"
             )
-        found[name] = None if shape == swapped else stored == shape
-    told = {name: in_out for name, in_out in found.items() if in_out is not None}
-    if len(set(told.values())) > 1:
+        contradicting |= stored != (shape if in_out else swapped)
+    if contradicting:
         raise CheckpointError(
             f"{mlp}.experts: expected gate_up_proj and down_proj in one orientation, [experts, in, out] or [experts, "
             f"out, in], found {list(fused['gate_up_proj']['weight'].shape)} and "
             f"{list(fused['down_proj']['weight'].shape)}. Take the original checkpoint."
         )
-    return next(iter(told.values()))
+    return in_out
+
+
+def _inputs_first(gate_up: Sequence[int], down: Sequence[int]) -> bool:
+    """``[E, H, 2I]`` and ``[E, I, H]``: H is the inputs of gate and up, and the outputs of down."""
+    return gate_up[1:2] == down[2:3]
