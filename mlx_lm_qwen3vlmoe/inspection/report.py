@@ -27,7 +27,7 @@ from ..layouts.names import host_name, layer_and_suffix
 from ..model import Model
 from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime import parallel
-from ..runtime.backend import device, narrow, planned
+from ..runtime.backend import device, planned
 from . import planning
 
 
@@ -100,9 +100,7 @@ def _converted(model: Any, config: dict[str, Any], bits: int, scattered: bool) -
 def _plan(model: Any, ranks: int | None, context: int) -> dict[str, Any]:
     cache = planning.cache_sizes(model, context)
     plan = planning.memory(model) | {"context": context, "cache_bytes": sum(cache)}
-    # On the CPU, experts in float32 take the place of those in 16 bits when they are first used.
-    plan["first_call_bytes"] = sum(experts.weight.nbytes for experts in narrow(model))
-    plan["needs_bytes"] = plan["weights_bytes"] + plan["cache_bytes"] + plan["first_call_bytes"]
+    plan["needs_bytes"] = plan["weights_bytes"] + plan["cache_bytes"]
     return plan | (planning.shares(model, ranks, cache) if ranks else {})
 
 
@@ -171,8 +169,6 @@ def render(report: dict[str, Any]) -> str:
         known = f"{_size(peak)} at most" if peak else "unknown: measured for floats and FP8 on a CPU only"
         lines.append(("convert -q", known))
     lines.append(("cache", f"{_size(report['cache_bytes'])} at {report['context']} tokens"))
-    if more := report["first_call_bytes"]:
-        lines.append(("first call", f"{_size(more)} more, as the CPU multiplies these experts in float32"))
     for mode in ("tensor", "pipeline") if "ranks" in report else ():
         plan = report[mode]
         lines.append((mode, plan["error"] or f"{report['ranks']} of {parallel.listed(plan['allowed'])} ranks"))
