@@ -102,7 +102,7 @@ class ModelArgs(BaseModelArgs):
             params.get("model_type", "qwen3_vl_moe"),
             text_config,
             tie,
-            quantization.describe(foreign) if foreign is not None else {},
+            quantization.read_description(foreign) if foreign is not None else {},
             params,
         )
 

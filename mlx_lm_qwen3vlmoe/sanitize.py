@@ -27,18 +27,18 @@ import mlx.core as mx
 
 from .config import ModelArgs
 from .errors import CheckpointError, MissingTensorError
-from .layouts.decoding import Decoder
+from .layouts.decoder import Decoder
 from .layouts.experts import check_orientations, gather
-from .layouts.names import DECODER, EMBEDDINGS, HEAD, NUMBER, host_name, layer_and_suffix, shortened
+from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, host_name, layer_and_suffix, shortened
 from .layouts.stacking import Layers, Part
 from .quantization import Decoded, Parameters
+from .quantization.checks import check_packed, shape_error
 from .quantization.description import record_quantization
-from .quantization.packed import check_packed, shape_error
 
 Weights = dict[str, mx.array]
 T = TypeVar("T")  # an array, or where one is stored
 
-_LAYER = re.compile(rf"{re.escape(DECODER)}layers\.({NUMBER})\.")
+_LAYER = re.compile(rf"{re.escape(MODEL_PREFIX)}layers\.({NUMBER})\.")
 _TAKEN = re.compile(  # by the host: the layer, what only a sparse one has, what only a dense one has
     rf"(?:lm_head|model\.embed_tokens|model\.norm|model\.layers\.({NUMBER})\."
     r"(?:input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\."

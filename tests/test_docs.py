@@ -190,9 +190,9 @@ def test_every_error_of_this_package_has_an_entry():
 
 def test_the_table_of_formats_is_that_of_the_code():
     """Each family of `quantization` has its rows, in order."""
-    text = DOCUMENTS["checkpoints.md"].read_text().partition("| format | told by the tensors |")[2]
+    text = DOCUMENTS["checkpoints.md"].read_text().partition("| format | recognized by |")[2]
     found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("\n\n")[0])
-    assert [tuple(row) for row in found] == [row for family in quantization.FAMILIES for row in family.FORMATS]
+    assert [tuple(row) for row in found] == [row for family in quantization.FAMILIES for row in family.formats]
 
 
 def test_without_the_plug_in_an_official_config_gives_the_message():

@@ -151,7 +151,7 @@ CASES = json.loads(METADATA["cases"])
 
 
 def decode(tensors: dict[str, mx.array], config: dict[str, object], **options) -> quantization.Decoded:
-    settings = quantization.settings(config, "layer")
+    settings = quantization.layer_settings(config, "layer")
     return quantization.decode(quantization.Layer("layer", tensors, settings, mx.float32, **options))
 
 

@@ -10,7 +10,7 @@ from support import examples
 
 from mlx_lm_qwen3vlmoe import ModelArgs
 from mlx_lm_qwen3vlmoe.layouts.names import HEAD
-from mlx_lm_qwen3vlmoe.layouts.stacking import Part, join, miscut, turned
+from mlx_lm_qwen3vlmoe.layouts.stacking import Part, as_in_out, join, miscut
 from mlx_lm_qwen3vlmoe.runtime.backend import as_out_in
 from mlx_lm_qwen3vlmoe.sanitize import by_layer, rename, restore_names, sanitize, unsanitize
 
@@ -201,8 +201,8 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3))
 @given(shapes)
 def test_turning_back_undoes_turning(shape):
     array = random(*shape, dtype=mx.float16)
-    assert same(turned(as_out_in(array)), array)
-    assert same(as_out_in(turned(array)), array)
+    assert same(as_in_out(as_out_in(array)), array)
+    assert same(as_out_in(as_in_out(array)), array)
 
 
 @any_size
@@ -211,8 +211,8 @@ def test_joining_undoes_the_cut(shape):
     e, i, h = shape
     array = random(e, 2 * i, h, dtype=mx.bfloat16)
     assert same(join(*mx.split(array, 2, -2)), array)
-    turned_array = turned(array)
-    assert same(turned(join(*map(turned, mx.split(turned_array, 2, -1)))), turned_array)
+    turned_array = as_in_out(array)
+    assert same(as_in_out(join(*map(as_in_out, mx.split(turned_array, 2, -1)))), turned_array)
 
 
 @any_size
@@ -220,7 +220,7 @@ def test_joining_undoes_the_cut(shape):
 def test_what_was_cut_wrongly_is_cut_wrongly_again(shape):
     e, i, half = shape
     upper, lower = (random(e, half, 2 * i, dtype=mx.bfloat16) for _ in range(2))
-    gate, up = map(turned, mx.split(mx.concatenate([upper, lower], -2), 2, -1))
+    gate, up = map(as_in_out, mx.split(mx.concatenate([upper, lower], -2), 2, -1))
     assert same(miscut(0, gate, up), upper)
     assert same(miscut(1, gate, up), lower)
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..layouts.names import DECODER, EMBEDDINGS, HEAD, NUMBER
+from ..layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER
 from .files import broken
 
-_LAYER = rf"{re.escape(DECODER)}layers\.{NUMBER}"
+_LAYER = rf"{re.escape(MODEL_PREFIX)}layers\.{NUMBER}"
 _MODULE = re.compile(
     rf"{_LAYER}\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|(?:switch_mlp\.)?(?:gate|up|down)_proj))"
     rf"|{re.escape(HEAD)}|{re.escape(EMBEDDINGS)}"

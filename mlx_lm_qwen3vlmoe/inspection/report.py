@@ -139,7 +139,7 @@ def _layout(tensors: Header) -> str:
 def _quantization(config: dict[str, Any]) -> str:
     """The method in the checkpoint's own terms."""
     if (foreign := take_quantization(config)) is not None:
-        return quantization.title(quantization.describe(foreign))
+        return quantization.title(quantization.read_description(foreign))
     return f"MLX {planning.format_name(found)}" if (found := config.get("quantization")) else "none"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..quantization import Decoded, Tensors
-from .decoding import Decoder
+from .decoder import Decoder
 from .names import NUMBER
 from .stacking import PROJECTIONS, Layers, Part, missing, rejoined, split, stack, unsplit, unstack
 
@@ -64,18 +64,18 @@ class Experts:
         fused = len(self.fused) == 2 and all("weight" in tensors for tensors in self.fused.values())
         return orientation(self.mlp, self.fused, sizes) if fused else None
 
-    def decoded(self, sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
+    def decoded(self, sizes: dict[str, Any], decoder: Decoder) -> dict[str, Decoded]:
         """``gate_proj``, ``up_proj`` and ``down_proj``, stacked as the host has them."""
         if name := self._first_missing(sizes["num_experts"]):
             raise missing(name)
         if self.fused:
             in_out = orientation(self.mlp, self.fused, sizes)
-            return split(self.mlp, self.fused, in_out, sizes["num_experts"], decode)
+            return split(self.mlp, self.fused, in_out, sizes["num_experts"], decoder)
         stacked = {
-            projection: stack(f"{self.mlp}.experts", projection, experts, sizes, decode)
+            projection: stack(f"{self.mlp}.experts", projection, experts, sizes, decoder)
             for projection, experts in self.single.items()
         }
-        return rejoined(self.mlp, stacked, sizes, decode)
+        return rejoined(self.mlp, stacked, sizes, decoder)
 
     def parts(self, sizes: dict[str, Any]) -> dict[str, Part]:
         """The inverse of `decoded`, of complete and unquantized experts: what each is made of, by its path."""

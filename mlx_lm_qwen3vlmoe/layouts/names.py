@@ -16,8 +16,8 @@ import re
 
 from ..errors import CheckpointError
 
-DECODER = "language_model.model."
-EMBEDDINGS = f"{DECODER}embed_tokens"
+MODEL_PREFIX = "language_model.model."
+EMBEDDINGS = f"{MODEL_PREFIX}embed_tokens"
 HEAD = "language_model.lm_head"
 NUMBER = r"(?:0|[1-9][0-9]{0,30})"
 _TEXT = re.compile(
@@ -49,14 +49,14 @@ def host_name(name: str) -> str | None:
         return None
     if ".experts." in text:
         text = _PLURAL.sub(r".experts.\2.\1_proj.", _PROJECTION_FIRST.sub(r".experts.\2.\1.", text))
-    return f"language_model.{text}" if text.startswith("lm_head.") else DECODER + text
+    return f"language_model.{text}" if text.startswith("lm_head.") else MODEL_PREFIX + text
 
 
 def module_name(path: str) -> str:
     """The name that transformers, and so the descriptions of quantized checkpoints, have for a module of the host's."""
     if path.startswith(HEAD):
         return path.removeprefix("language_model.")
-    return path.replace(DECODER, "model.language_model.", 1)
+    return path.replace(MODEL_PREFIX, "model.language_model.", 1)
 
 
 def layer_and_suffix(name: str) -> tuple[str, str]:

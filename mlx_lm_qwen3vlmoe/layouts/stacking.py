@@ -4,8 +4,8 @@ E = num_experts, H = hidden_size, I = moe_intermediate_size.
 
 | step                                            | inverse                                      |
 |-------------------------------------------------|----------------------------------------------|
-| `split`: ``gate_up_proj [E, H, 2I]`` → two      | `join`, `turned`                             |
-| `as_out_in`: ``[E, in, out]`` → ``[E, out, in]`` | `turned`                                     |
+| `split`: ``gate_up_proj [E, H, 2I]`` → two      | `join`, `as_in_out`                          |
+| `as_out_in`: ``[E, in, out]`` → ``[E, out, in]`` | `as_in_out`                                  |
 | `stack`: a tensor an expert → one for all       | `Part`: one row of the stack                 |
 | `rejoined`: cut along the wrong axis → rightly  | `miscut`                                     |
 """
@@ -21,10 +21,9 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, MissingTensorError
 from ..quantization import Decoded, Tensors, is_foreign
-from ..quantization.fp8 import halves
 from ..runtime.backend import as_out_in
 from ..runtime.lazy import in_pieces
-from .decoding import Decoder
+from .decoder import Decoder
 
 Shapes = dict[str, tuple[int, ...]]  # projection → experts, outputs and inputs
 Layers = dict[str, Tensors]  # path → suffix → array
@@ -45,7 +44,7 @@ class Part(NamedTuple):
     row: int | None = None
 
 
-def split(mlp: str, fused: Layers, in_out: bool, e: int, decode: Decoder) -> dict[str, Decoded]:
+def split(mlp: str, fused: Layers, in_out: bool, e: int, decoder: Decoder) -> dict[str, Decoded]:
     """Cut a layer's fused experts into gate, up and down, each ``[E, out, in]``.
 
     ``gate_up_proj`` holds two projections of every expert, first gate, then up, as the two halves of one axis (never
@@ -60,13 +59,13 @@ def split(mlp: str, fused: Layers, in_out: bool, e: int, decode: Decoder) -> dic
         path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
         tensors = {suffix: _of_each(array, e) for suffix, array in tensors.items()}
         if name == "down_proj":
-            parts[name] = _oriented(_decoded(path, tensors, e, decode), in_out)
+            parts[name] = _oriented(_decoded(path, tensors, e, decoder), in_out)
         # Codes are cut before they are decoded: what waits for the other half is then small.
-        elif pair := halves(tensors, axis, decode.settings(path)):
+        elif pair := decoder.halves(path, tensors, axis):
             for projection, half in zip(("gate_proj", "up_proj"), pair, strict=True):
-                parts[projection] = _oriented(_decoded(path, half, e, decode), in_out)
+                parts[projection] = _oriented(_decoded(path, half, e, decoder), in_out)
         else:
-            whole = _decoded(path, tensors, e, decode)
+            whole = _decoded(path, tensors, e, decoder)
             cut = mx.split(whole.tensors["weight"], 2, axis)
             for projection, weight in zip(("gate_proj", "up_proj"), cut, strict=True):
                 parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out)
@@ -78,7 +77,7 @@ def join(gate: mx.array, up: mx.array) -> mx.array:
     return mx.concatenate([gate, up], -2)
 
 
-def turned(array: mx.array) -> mx.array:
+def as_in_out(array: mx.array) -> mx.array:
     """The inverse of `as_out_in`: ``[…, out, in]`` → ``[…, in, out]``; its order in memory is the writer's affair."""
     return array.swapaxes(-1, -2)
 
@@ -87,20 +86,20 @@ def unsplit(mlp: str, in_out: bool) -> dict[str, Part]:
     """The inverse of `split`: fused tensors by their paths."""
     gate, up, down = (f"{mlp}.switch_mlp.{projection}" for projection in PROJECTIONS)
     return {
-        f"{mlp}.experts.gate_up_proj": Part((gate, up), _joined_turned if in_out else join),
-        f"{mlp}.experts.down_proj": Part((down,), turned) if in_out else Part((down,)),
+        f"{mlp}.experts.gate_up_proj": Part((gate, up), _joined_in_out if in_out else join),
+        f"{mlp}.experts.down_proj": Part((down,), as_in_out) if in_out else Part((down,)),
     }
 
 
-def _joined_turned(gate: mx.array, up: mx.array) -> mx.array:
-    return turned(join(gate, up))
+def _joined_in_out(gate: mx.array, up: mx.array) -> mx.array:
+    return as_in_out(join(gate, up))
 
 
-def _decoded(path: str, tensors: Tensors, experts: int, decode: Decoder) -> Decoded:
+def _decoded(path: str, tensors: Tensors, experts: int, decoder: Decoder) -> Decoded:
     def stored(part: slice) -> Tensors:
         return {suffix: array[part] if array.ndim else array for suffix, array in tensors.items()}
 
-    return decode.of_experts(path, experts, stored)
+    return decoder.stacked(path, experts, stored)
 
 
 def _of_each(array: mx.array, experts: int) -> mx.array:
@@ -113,24 +112,24 @@ def _oriented(decoded: Decoded, in_out: bool) -> Decoded:
     return decoded._replace(tensors={"weight": as_out_in(weight)}) if in_out else decoded
 
 
-def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[str, Any], decode: Decoder) -> Decoded:
+def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[str, Any], decoder: Decoder) -> Decoded:
     """Stack separate experts, each a linear layer ``[out, in]``, to ``[E, out, in]``: as stored, then decoded as one.
 
     Experts in different formats are decoded one by one, and brought to one that has the values of all.
     """
     paths = [f"{path}.{number}.{projection}" for number in range(sizes["num_experts"])]
     first = experts[0]
-    if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decode.describes_alike(paths):
+    if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decoder.describes_alike(paths):
 
         def stored(part: slice) -> Tensors:
             some = [experts[n] for n in range(len(paths))[part]]
-            return {suffix: decode.stack(suffix, [tensors[suffix] for tensors in some]) for suffix in first}
+            return {suffix: decoder.stack(suffix, [tensors[suffix] for tensors in some]) for suffix in first}
 
         if is_foreign(first):
-            return _with_weight(paths[0], decode.of_experts(paths[0], len(paths), stored))
-        return _with_weight(paths[0], decode(paths[0], in_pieces(stored(slice(0, len(paths))), stored)))
-    single = [_with_weight(each, decode(each, experts[n])) for n, each in enumerate(paths)]
-    shapes = [_shape(each) for each in single]
+            return _with_weight(paths[0], decoder.stacked(paths[0], len(paths), stored))
+        return _with_weight(paths[0], decoder(paths[0], in_pieces(stored(slice(0, len(paths))), stored)))
+    single = [_with_weight(each, decoder(each, experts[n])) for n, each in enumerate(paths)]
+    shapes = [float_shape(each) for each in single]
     ((most, _),) = Counter(shapes).most_common(1)
     for each, shape in zip(paths, shapes, strict=True):
         if shape != most:
@@ -138,7 +137,7 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
                 f"{each}.weight: expected the shape {list(most)}, found {list(shape)}, unlike the other experts. "
                 "Take the original checkpoint."
             )
-    single = decode.in_common(single)
+    single = decoder.in_common(single)
     tensors = {suffix: mx.stack([each.tensors[suffix] for each in single]) for suffix in single[0].tensors}
     return single[0]._replace(tensors=tensors)
 
@@ -162,13 +161,13 @@ def _alike(one: Tensors, other: Tensors) -> bool:
     )
 
 
-def _shape(decoded: Decoded) -> tuple[int, ...]:
+def float_shape(decoded: Decoded) -> tuple[int, ...]:
     """Experts, if they are stacked, outputs and inputs of a layer."""
     *rows, columns = decoded.tensors["weight"].shape or (1,)
     return *rows, columns * 32 // decoded.parameters["bits"] if decoded.parameters else columns
 
 
-def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decode: Decoder) -> dict[str, Decoded]:
+def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decoder: Decoder) -> dict[str, Decoded]:
     """Stacked experts as gate, up and down, from what tools have made of them.
 
     - One ``gate_up_proj [2I, H]`` an expert, gate first, is cut in two.
@@ -178,15 +177,15 @@ def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decod
       along the wrong axis). llm-compressor's and auto-round's model-free ways do the same.
     """
     i, h = sizes["moe_intermediate_size"], sizes["hidden_size"]
-    if (gate_up := stacked.get("gate_up_proj")) and _shape(gate_up)[1:] == (2 * i, h):
+    if (gate_up := stacked.get("gate_up_proj")) and float_shape(gate_up)[1:] == (2 * i, h):
         cut = {suffix: mx.split(array, 2, -2) for suffix, array in gate_up.tensors.items()}
         for half, projection in enumerate(("gate_proj", "up_proj")):
             tensors = {suffix: parts[half] for suffix, parts in cut.items()}
             stacked[projection] = gate_up._replace(tensors=tensors)
         del stacked["gate_up_proj"]
-    if not is_miscut(mlp, {projection: _shape(decoded) for projection, decoded in stacked.items()}, sizes):
+    if not is_miscut(mlp, {projection: float_shape(decoded) for projection, decoded in stacked.items()}, sizes):
         return stacked
-    arrays = {name: decode.as_float(decoded, "cut along the wrong axis") for name, decoded in stacked.items()}
+    arrays = {name: decoder.as_float(decoded, "cut along the wrong axis") for name, decoded in stacked.items()}
     gate, up = mx.split(mx.concatenate([arrays["gate_proj"], arrays["up_proj"]], -2), 2, -1)
     whole = {"gate_proj": gate, "up_proj": up, "down_proj": arrays["down_proj"]}
     return {projection: Decoded({"weight": as_out_in(array)}) for projection, array in whole.items()}
@@ -212,7 +211,7 @@ def is_miscut(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> bool:
 
 def miscut(half: int, gate: mx.array, up: mx.array) -> mx.array:
     """The inverse of `rejoined` for what was cut along the wrong axis: an upper or lower half ``[…, H/2, 2I]``."""
-    return mx.split(_joined_turned(gate, up), 2, -2)[half]
+    return mx.split(_joined_in_out(gate, up), 2, -2)[half]
 
 
 def unstack(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> dict[str, Part]:
@@ -232,7 +231,7 @@ def unstack(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> dict[str, Part]:
         parts = {
             "gate_proj": Part((gate, up), partial(miscut, 0)),
             "up_proj": Part((gate, up), partial(miscut, 1)),
-            "down_proj": Part((down,), turned),
+            "down_proj": Part((down,), as_in_out),
         }
     return {
         f"{mlp}.experts.{expert}.{projection}": parts[projection]._replace(row=expert)

@@ -1,17 +1,11 @@
 """Linear layers as other tools quantized them → MLX's packed tensors with the same values, or float weights.
 
-One file is one family of formats, found by the ``quant_method`` of the checkpoint's description. Its table ``FORMATS``
-says what the family has; formulas that families share are in `affine`, `microscaling` and `fp8`, numbers in `numbers`,
-words in `packing`. `description` reads and writes what a config says of quantization, `packed` checks what MLX packed.
-Nothing here knows how experts are stored. A family has
+One file is one `Family` of formats, found by the ``quant_method`` of the checkpoint's description. Formulas that
+families share are in `affine`, `microscaling` and `fp8`, numbers in `numbers`, words in `packing`. `description` takes
+descriptions out of a config and puts MLX's in, `checks` checks what MLX packed. Nothing here knows how experts are
+stored.
 
-- ``METHODS``: the values of ``quant_method``; ``DETAIL``: the field of the description that tells the format;
-- ``TENSORS``: suffixes that mark a layer as quantized, whatever the description says: tools leave layers unquantized
-  that their description names, and the reverse;
-- ``TURNED``, if the last two axes of large tensors change places: their suffixes;
-- ``check(config)``, if the description has fields of its own whose types it relies on;
-- ``settings(config, name)``, if the description has fields for single layers;
-- ``decode(layer)``: the tensors of one layer, or of a stack of alike ones, as MLX's.
+The *description* is ``quantization_config``; the *settings* of a layer are what the description says of that layer.
 
 Nothing is evaluated, but for the order of inputs in act-order (see `gptq.group_order`) and the few bytes in which
 bitsandbytes and HQQ describe a layer.
@@ -19,8 +13,6 @@ bitsandbytes and HQQ describe a layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -28,38 +20,31 @@ import mlx.core as mx
 from ..errors import CheckpointError, check_kinds
 from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
 from .affine import common, dequantize
+from .family import Family
 from .gptq import ACT_ORDER
-from .layer import IGNORED, Decoded, Format, Layer, Parameters, Tensors
+from .layer import IGNORED, Decoded, Layer, Parameters, Tensors
 
-__all__ = [
-    "ACT_ORDER",
-    "FAMILIES",
-    "IGNORED",
-    "Decoded",
-    "Format",
-    "Layer",
-    "Parameters",
-    "Tensors",
-    "common",
-    "decode",
-    "dequantize",
-    "describe",
-    "is_foreign",
-    "settings",
-    "title",
-    "turned",
-]
+__all__ = ["ACT_ORDER", "FAMILIES", "IGNORED", "Decoded", "Layer", "Parameters", "Tensors", "common", "decode"]
+__all__ += ["dequantize", "halves", "is_foreign", "layer_settings", "read_description", "title", "turned"]
 
-FAMILIES: tuple[ModuleType, ...] = (
-    *(auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao),
+FAMILIES: tuple[Family, ...] = (
+    auto_round.AutoRound(),
+    awq.Awq(),
+    bitsandbytes.BitsAndBytes(),
+    compressed_tensors.CompressedTensors(),
+    fp8.Fp8(),
+    gptq.Gptq(),
+    hqq.Hqq(),
+    metal.Metal(),
+    modelopt.ModelOpt(),
+    quark.Quark(),
+    torchao.TorchAo(),
 )
-_BY_METHOD = {method: family for family in FAMILIES for method in family.METHODS}
-_FOREIGN = IGNORED.union(*(family.TENSORS for family in FAMILIES))
-# What tells the family where there is no description.
-_UNDESCRIBED = {"weight_scale_2": modelopt, "weight_global_scale": compressed_tensors, "weight_scale_inv": fp8}
+_BY_METHOD = {method: family for family in FAMILIES for method in family.methods}
+_FOREIGN = IGNORED.union(*(family.marks for family in FAMILIES))
 
 
-def describe(config: dict[str, Any]) -> dict[str, Any]:
+def read_description(config: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's own description, flat, from ``quantization_config`` or the content of ``hf_quant_config.json``.
 
     Raises `CheckpointError` for a method that is not known here, or one that changes more than linear layers' weights.
@@ -73,9 +58,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
             "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q."
         )
     check_kinds("", config, bits=int, sparsity_config=dict)
-    family = _BY_METHOD[method]
-    if hasattr(family, "check"):
-        family.check(config)
+    _BY_METHOD[method].check(config)
     sparsity = config.get("sparsity_config") or {}
     for field, value in (
         ("transform_config", config.get("transform_config")),
@@ -92,7 +75,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
 def title(config: dict[str, Any]) -> str:
     """The method of a description and the format, in its own terms."""
     method = config["quant_method"]
-    return f"{method} {config.get(_BY_METHOD[method].DETAIL) or ''}".strip()
+    return f"{method} {config.get(_BY_METHOD[method].detail) or ''}".strip()
 
 
 def is_foreign(tensors: Tensors) -> bool:
@@ -101,15 +84,28 @@ def is_foreign(tensors: Tensors) -> bool:
     return not _FOREIGN.isdisjoint(tensors) or (weight is not None and weight.dtype in (mx.uint8, mx.int8, mx.int32))
 
 
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+def layer_settings(description: dict[str, Any], name: str) -> dict[str, Any]:
     """What the description says of a layer; ``name`` as transformers has it, ``model.language_model.layers.…``."""
-    family = _BY_METHOD.get(config.get("quant_method"))
-    return family.settings(config, name) if hasattr(family, "settings") else config  # type: ignore[union-attr]
+    family = _BY_METHOD.get(description.get("quant_method", ""))
+    return family.settings(description, name) if family else description
 
 
-def turned(config: dict[str, Any]) -> Collection[str]:
-    """The suffixes of tensors whose last two axes `decode` swaps."""
-    return getattr(_BY_METHOD.get(config.get("quant_method")), "TURNED", ())
+def turned(description: dict[str, Any]) -> tuple[str, ...]:
+    """The suffixes of large tensors whose last two axes `decode` swaps."""
+    family = _BY_METHOD.get(description.get("quant_method", ""))
+    return family.turned if family else ()
+
+
+def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
+    """Fused experts cut in two along an axis of the weight, -1 or -2; None if they have to be decoded before that."""
+    family = _family(tensors, settings)
+    return family.halves(tensors, axis, settings) if family else None
+
+
+def _family(tensors: Tensors, settings: dict[str, Any]) -> Family | None:
+    """The family of a layer, by its settings, or by its tensors where there is no description."""
+    undescribed = (family for family in FAMILIES if any(suffix in tensors for suffix in family.undescribed))
+    return _BY_METHOD.get(settings.get("quant_method", "")) or next(undescribed, None)
 
 
 def decode(layer: Layer) -> Decoded:
@@ -120,16 +116,13 @@ def decode(layer: Layer) -> Decoded:
     """
     if not layer.tensors:
         return Decoded({})
-    method = layer.settings.get("quant_method")
-    family = _BY_METHOD.get(method)
-    if family is None:
-        family = next((family for suffix, family in _UNDESCRIBED.items() if suffix in layer.tensors), None)
+    family = _family(layer.tensors, layer.settings)
     marks = sorted(_FOREIGN.intersection(layer.tensors))
-    if family is None or (marks and family.TENSORS.isdisjoint(marks)):
-        fitting = [name for name, each in sorted(_BY_METHOD.items()) if not each.TENSORS.isdisjoint(marks)]
+    if family is None or (marks and not set(marks).intersection(family.marks)):
+        fitting = [name for name, each in sorted(_BY_METHOD.items()) if set(marks).intersection(each.marks)]
         expected = f"quant_method {' or '.join(fitting) or 'of the tool that made it'} in quantization_config"
-        raise layer.error(marks[0] if marks else "weight", expected, repr(method))
-    decoded: Decoded = family.decode(layer)
+        raise layer.error(marks[0] if marks else "weight", expected, repr(layer.settings.get("quant_method")))
+    decoded = family.decode(layer)
     if layer.tensors:
         raise layer.error(sorted(layer.tensors)[0], "nothing (it would change the weight)", "the tensor")
     return decoded

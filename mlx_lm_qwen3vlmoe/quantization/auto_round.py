@@ -17,78 +17,80 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
 
 import mlx.core as mx
 
 from ..errors import check_kinds
 from . import awq, compressed_tensors, fp8, gptq
 from .affine import affine
-from .layer import Decoded, Format, Layer
+from .family import Description, Family, Format
+from .layer import Decoded, Layer
 from .microscaling import fp4_in_groups
 from .numbers import e5m3, e8m0
 
-METHODS = ("auto-round", "intel/auto-round")
-DETAIL = "packing_format"
-TENSORS = {*gptq.TENSORS, *awq.TENSORS, "weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"}
-TURNED = gptq.TURNED
-FORMATS = (
-    Format("AutoRound, 2 to 8 bits", "`qweight`, by `packing_format`", "affine; 7 bits as 8", "packed"),
-    Format("AutoRound MXINT4", "MXFP4's tensors, with `data_type` `mx_int`", "affine, 4 bits", "packed"),
-    Format("AutoRound NVFP4, MXFP4, MXFP8, FP8", "as the same of other tools", "as there", "as there"),
-    Format("AutoRound NVFP4 with E5M3 scales", "`packing_format` `…_nvfp4_e5m3`", "float", "16 bits"),
-)
 
+class AutoRound(Family):
+    methods = ("auto-round", "intel/auto-round")
+    detail = "packing_format"
+    marks = (
+        *(*gptq.Gptq.marks, *awq.Awq.marks),
+        *("weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"),
+    )
+    formats = (
+        Format("AutoRound, 2 to 8 bits", "`qweight`, by `packing_format`", "affine; 7 bits as 8", "packed"),
+        Format("AutoRound MXINT4", "MXFP4's tensors, with `data_type` `mx_int`", "affine, 4 bits", "packed"),
+        Format("AutoRound NVFP4, MXFP4, MXFP8, FP8", "as the same of other tools", "as there", "as there"),
+        Format("AutoRound NVFP4 with E5M3 scales", "`packing_format` `…_nvfp4_e5m3`", "float", "16 bits"),
+    )
+    turned = gptq.Gptq.turned
 
-def check(config: dict[str, Any]) -> None:
-    check_kinds("", config, extra_config=dict)
+    def check(self, description: Description) -> None:
+        check_kinds("", description, extra_config=dict)
 
+    def settings(self, description: Description, name: str) -> Description:
+        """``extra_config`` has fields for layers by name, or by a regular expression."""
+        extra = description.get("extra_config") or {}
+        fields = extra.get(name)
+        if fields is None:
+            fields = next((extra[key] for key in _patterns(*extra) if re.fullmatch(key, name)), None)
+        return {**description, **fields} if isinstance(fields, dict) else description
 
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """``extra_config`` has fields for layers by name, or by a regular expression."""
-    extra = config.get("extra_config") or {}
-    fields = extra.get(name)
-    if fields is None:
-        fields = next((extra[key] for key in _patterns(*extra) if re.fullmatch(key, name)), None)
-    return {**config, **fields} if isinstance(fields, dict) else config
+    def decode(self, layer: Layer) -> Decoded:
+        packing = str(layer.settings.get("packing_format") or "").removeprefix("auto_round").removeprefix(":")
+        kind = str(layer.settings.get("data_type"))
+        if layer.has("qweight"):
+            if packing in ("awq", "auto_awq"):
+                return awq.words_along_outputs(layer)
+            extra = (layer.settings.get("extra_config") or {}).values()
+            described = {own["bits"] for own in extra if isinstance(own, dict) and isinstance(own.get("bits"), int)}
+            own = layer.settings.get("bits")
+            described.add(own if isinstance(own, int) else None)
+            if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or layer.settings.get("packing_format") is None:
+                raise _unknown(layer, "qweight", "auto_round, auto_round:auto_gptq, …:gptqmodel or …:auto_awq")
+            return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"), described=described)
+        if layer.has("weight_packed"):
+            if kind == "mx_int":
+                return _mxint4(layer)
+            if packing == "llm_compressor_nvfp4_e5m3":
+                codes, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 2)
+                if scales.dtype != mx.uint8:
+                    raise layer.error("weight_scale", "e5m3 (uint8)", scales.dtype)
+                return fp4_in_groups(layer, codes, e5m3(scales), "NVFP4 with E5M3 scales")
+            if packing != "llm_compressor" or kind[:5] not in ("mx_fp", "nv_fp"):
+                raise _unknown(layer, "weight_packed", "auto_round:llm_compressor")
+            return compressed_tensors.CompressedTensors().decode(layer)
+        if layer.has("weight_scale", mx.uint8):
+            return compressed_tensors.CompressedTensors().decode(layer)
+        if layer.has("weight_scale_inv"):
+            return fp8.Fp8().decode(layer)
+        size = layer.settings.get("group_size")
+        shared = {0: fp8.TENSOR, -1: fp8.CHANNEL}.get(size) if isinstance(size, int) else None
+        return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", shared)
 
 
 @functools.lru_cache
 def _patterns(*keys: str) -> tuple[str, ...]:
     return tuple(key for key in keys if "*" in key)
-
-
-def decode(layer: Layer) -> Decoded:
-    packing = str(layer.settings.get("packing_format") or "").removeprefix("auto_round").removeprefix(":")
-    kind = str(layer.settings.get("data_type"))
-    if layer.has("qweight"):
-        if packing in ("awq", "auto_awq"):
-            return awq.words_along_outputs(layer)
-        extra = (layer.settings.get("extra_config") or {}).values()
-        described = {own["bits"] for own in extra if isinstance(own, dict) and isinstance(own.get("bits"), int)}
-        own = layer.settings.get("bits")
-        described.add(own if isinstance(own, int) else None)
-        if packing not in ("gptq", "auto_gptq", "", "gptqmodel") or layer.settings.get("packing_format") is None:
-            raise _unknown(layer, "qweight", "auto_round, auto_round:auto_gptq, …:gptqmodel or …:auto_awq")
-        return gptq.words_along_inputs(layer, stored_less_one=packing.endswith("gptq"), described=described)
-    if layer.has("weight_packed"):
-        if kind == "mx_int":
-            return _mxint4(layer)
-        if packing == "llm_compressor_nvfp4_e5m3":
-            codes, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 2)
-            if scales.dtype != mx.uint8:
-                raise layer.error("weight_scale", "e5m3 (uint8)", scales.dtype)
-            return fp4_in_groups(layer, codes, e5m3(scales), "NVFP4 with E5M3 scales")
-        if packing != "llm_compressor" or kind[:5] not in ("mx_fp", "nv_fp"):
-            raise _unknown(layer, "weight_packed", "auto_round:llm_compressor")
-        return compressed_tensors.decode(layer)
-    if layer.has("weight_scale", mx.uint8):
-        return compressed_tensors.decode(layer)
-    if layer.has("weight_scale_inv"):
-        return fp8.decode(layer)
-    size = layer.settings.get("group_size")
-    shared = {0: fp8.TENSOR, -1: fp8.CHANNEL}.get(size) if isinstance(size, int) else None
-    return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", shared)
 
 
 def _unknown(layer: Layer, suffix: str, expected: str) -> Exception:

@@ -14,42 +14,42 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import mlx.core as mx
 
 from ..errors import check_kinds
 from .affine import affine, with_biases
-from .layer import Decoded, Format, Layer
+from .family import Description, Family, Format
+from .layer import Decoded, Layer
 from .packing import codes, pack, transpose_nibbles, transpose_stream, unpack, unpack_outputs
 
-METHODS = ("awq",)
-DETAIL = "version"
-TENSORS = {"qweight", "qzeros"}
-FORMATS = (
-    Format(
-        "AWQ, 4 bits, any `version`: `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin`",
-        "`qweight` with `quant_method` `awq`",
-        "affine, 4 bits",
-        "packed",
-    ),
-)
 
+class Awq(Family):
+    methods = ("awq",)
+    detail = "version"
+    marks = ("qweight", "qzeros")
+    formats = (
+        Format(
+            "AWQ, 4 bits, any `version`: `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin`",
+            "`qweight` with `quant_method` `awq`",
+            "affine, 4 bits",
+            "packed",
+        ),
+    )
 
-def check(config: dict[str, Any]) -> None:
-    check_kinds("", config, group_size=int, zero_point=bool)
+    def check(self, description: Description) -> None:
+        check_kinds("", description, group_size=int, zero_point=bool)
 
-
-def decode(layer: Layer) -> Decoded:
-    version = str(layer.settings.get("version") or layer.settings.get("checkpoint_format") or "gemm").lower()
-    if layer.settings.get("bits", 4) != 4 or version not in _VERSIONS:
-        found = f"{layer.settings.get('bits')} bits, version {version!r}"
-        raise layer.error("qweight", f"AWQ with 4 bits and version {', '.join(_VERSIONS)}", found)
-    symmetric = layer.settings.get("zero_point") is False
-    if symmetric != (version == "marlin") and "zero_point" in layer.settings:
-        expected = f"zero_point {'false' if version == 'marlin' else 'true'} in quantization_config"
-        raise layer.error("qweight", f"{expected} with version {version!r}", layer.settings["zero_point"])
-    return _VERSIONS[version](layer)
+    def decode(self, layer: Layer) -> Decoded:
+        version = str(layer.settings.get("version") or layer.settings.get("checkpoint_format") or "gemm").lower()
+        if layer.settings.get("bits", 4) != 4 or version not in _VERSIONS:
+            found = f"{layer.settings.get('bits')} bits, version {version!r}"
+            raise layer.error("qweight", f"AWQ with 4 bits and version {', '.join(_VERSIONS)}", found)
+        symmetric = layer.settings.get("zero_point") is False
+        if symmetric != (version == "marlin") and "zero_point" in layer.settings:
+            expected = f"zero_point {'false' if version == 'marlin' else 'true'} in quantization_config"
+            raise layer.error("qweight", f"{expected} with version {version!r}", layer.settings["zero_point"])
+        return _VERSIONS[version](layer)
 
 
 def _gemm(layer: Layer) -> Decoded:
@@ -101,11 +101,11 @@ def _gemv_fast(layer: Layer) -> Decoded:
 
 def _fast_codes(words: mx.array) -> mx.array:
     """``[…, out / 4, in]`` words of 16 bits, 64 inputs of four outputs a run → ``[…, out, in]`` codes."""
-    *lead, rows, inputs = words.shape
-    runs = codes(words, 4).reshape(*lead, rows, inputs // 64, 4, 64).swapaxes(-2, -3)
+    *stack_shape, rows, inputs = words.shape
+    runs = codes(words, 4).reshape(*stack_shape, rows, inputs // 64, 4, 64).swapaxes(-2, -3)
     # Of each 32 inputs, two by two: 0, 8, 16, 24, 2, …; of each eight that result, the even ones first.
-    eights = runs.reshape(*lead, 4 * rows, inputs // 32, 4, 2, 4).swapaxes(-1, -2)
-    return eights.swapaxes(-2, -3).reshape(*lead, 4 * rows, inputs)
+    eights = runs.reshape(*stack_shape, 4 * rows, inputs // 32, 4, 2, 4).swapaxes(-1, -2)
+    return eights.swapaxes(-2, -3).reshape(*stack_shape, 4 * rows, inputs)
 
 
 def _groups(layer: Layer, inputs: int) -> tuple[int, int, int]:
@@ -127,17 +127,17 @@ def _marlin(layer: Layer) -> Decoded:
     if outputs % 64:
         raise layer.error("qweight", "a multiple of 64 outputs", outputs)
     order = _MARLIN_SCALES if groups > 1 else _MARLIN_CHANNELS
-    scales = _back(scales.reshape(*layer.lead, -1, len(order)), order).reshape(scales.shape)
+    scales = _back(scales.reshape(*layer.stack_shape, -1, len(order)), order).reshape(scales.shape)
     words = pack(_marlin_codes(qweight), 4)
     return affine(layer, words, mx.contiguous(scales.swapaxes(-1, -2)), None, 4, layer.settings.get("group_size"))
 
 
 def _marlin_codes(words: mx.array) -> mx.array:
     """``[…, in / 16, 2 * out]`` words of tiles of 16 by 16, four of them permuted as one → ``[…, out, in]`` codes."""
-    *lead, tiles, width = words.shape
-    four = _back(codes(words, 4).reshape(*lead, -1, 1024), _marlin_order())
-    squares = four.reshape(*lead, tiles, width // 32, 16, 16)  # in / 16, out / 16, in, out
-    return squares.transpose(*range(len(lead)), -3, -1, -4, -2).reshape(*lead, width // 2, 16 * tiles)
+    *stack_shape, tiles, width = words.shape
+    four = _back(codes(words, 4).reshape(*stack_shape, -1, 1024), _marlin_order())
+    squares = four.reshape(*stack_shape, tiles, width // 32, 16, 16)  # in / 16, out / 16, in, out
+    return squares.transpose(*range(len(stack_shape)), -3, -1, -4, -2).reshape(*stack_shape, width // 2, 16 * tiles)
 
 
 def _back(array: mx.array, order: tuple[int, ...]) -> mx.array:

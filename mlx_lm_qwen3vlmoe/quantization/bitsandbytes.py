@@ -22,25 +22,28 @@ from typing import Any
 import mlx.core as mx
 
 from .affine import regroup, signed
-from .layer import Decoded, Format, Layer
+from .family import Family, Format
+from .layer import Decoded, Layer
 
-METHODS = ("bitsandbytes",)
-DETAIL = ""  # its description names a type of four bits for int8, too
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
-TENSORS = {"SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES}
-FORMATS = (
-    Format("bitsandbytes int8", "`SCB`", "affine, 8 bits", "packed"),
-    Format("bitsandbytes nf4 and fp4, double quantized too", "`weight.quant_state.…`", "float", "16 bits"),
-)
 _STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32")
 _LONGEST = 4096  # bytes of a description
 
 
-def decode(layer: Layer) -> Decoded:
-    if layer.has("SCB") or (layer.has("weight", mx.int8) and not any(layer.has(state) for state in _STATES)):
-        return _rows(layer)
-    return _four_bits(layer)
+class BitsAndBytes(Family):
+    methods = ("bitsandbytes",)
+    detail = ""  # its description names a type of four bits for int8, too
+    marks = ("SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
+    formats = (
+        Format("bitsandbytes int8", "`SCB`", "affine, 8 bits", "packed"),
+        Format("bitsandbytes nf4 and fp4, double quantized too", "`weight.quant_state.…`", "float", "16 bits"),
+    )
+
+    def decode(self, layer: Layer) -> Decoded:
+        if layer.has("SCB") or (layer.has("weight", mx.int8) and not any(layer.has(state) for state in _STATES)):
+            return _rows(layer)
+        return _four_bits(layer)
 
 
 def _rows(layer: Layer) -> Decoded:
@@ -55,7 +58,7 @@ def _rows(layer: Layer) -> Decoded:
 
 
 def _four_bits(layer: Layer) -> Decoded:
-    outputs, inputs = layer.single("weight")
+    outputs, inputs = layer.linear_shape("weight")
     state = next((suffix for suffix in _STATES if layer.has(suffix)), _STATES[0])
     described = _described(layer, state, [outputs, inputs])
     size = outputs * inputs

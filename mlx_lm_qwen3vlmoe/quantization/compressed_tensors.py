@@ -23,8 +23,9 @@ import mlx.core as mx
 
 from . import fp8
 from .affine import BITS, affine
+from .family import Description, Family, Format
 from .gptq import in_order
-from .layer import Decoded, Format, Layer
+from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
 from .numbers import loaded_e4m3
 from .packing import pack, unpack
@@ -41,37 +42,43 @@ from .schemes import (
     width_of,
 )
 
-__all__ = ["DETAIL", "FORMATS", "METHODS", "TENSORS", "check", "decode", "settings"]
 
-METHODS = ("compressed-tensors",)
-DETAIL = "format"
-TENSORS = {"weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx"}
-FORMATS = (
-    Format(
-        "compressed-tensors `pack-quantized`",
-        "`weight_packed` in int32",
-        "affine; in act-order float",
-        "packed; 16 bits",
-    ),
-    Format("compressed-tensors `int-quantized`", "`weight` in int8", "affine, 8 bits", "packed"),
-    Format(
-        "MXFP4 of compressed-tensors and ModelOpt",
-        "`weight_packed` or `weight`, `weight_scale` in uint8 for 32 weights of 4 bits",
-        "`mxfp4`",
-        "packed",
-    ),
-    Format("MXFP8", "`weight` in e4m3, `weight_scale` in uint8 for 32 weights", "`mxfp8`", "packed"),
-)
+class CompressedTensors(Family):
+    methods = ("compressed-tensors",)
+    detail = "format"
+    marks = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
+    formats = (
+        Format(
+            "compressed-tensors `pack-quantized`",
+            "`weight_packed` in int32",
+            "affine; in act-order float",
+            "packed; 16 bits",
+        ),
+        Format("compressed-tensors `int-quantized`", "`weight` in int8", "affine, 8 bits", "packed"),
+        Format(
+            "MXFP4 of compressed-tensors and ModelOpt",
+            "`weight_scale` in uint8 for 32 weights of 4 bits",
+            "`mxfp4`",
+            "packed",
+        ),
+        Format("MXFP8", "`weight` in e4m3, `weight_scale` in uint8 for 32 weights", "`mxfp8`", "packed"),
+    )
+    undescribed = ("weight_global_scale",)
 
+    def check(self, description: Description) -> None:
+        check(description)
 
-def decode(layer: Layer) -> Decoded:
-    if layer.has("weight_packed", mx.int32, mx.uint32):
-        return _packed_integers(layer)
-    if layer.has("weight_packed"):
-        return _packed_floats(layer)
-    if layer.has("weight", mx.int8):
-        return _integers(layer)
-    return _floats(layer)
+    def settings(self, description: Description, name: str) -> Description:
+        return settings(description, name)
+
+    def decode(self, layer: Layer) -> Decoded:
+        if layer.has("weight_packed", mx.int32, mx.uint32):
+            return _packed_integers(layer)
+        if layer.has("weight_packed"):
+            return _packed_floats(layer)
+        if layer.has("weight", mx.int8):
+            return _integers(layer)
+        return _floats(layer)
 
 
 def _packed_integers(layer: Layer) -> Decoded:

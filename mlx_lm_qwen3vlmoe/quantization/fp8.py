@@ -15,41 +15,62 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import check_block
-from .layer import IGNORED, Decoded, Format, Layer, Tensors
+from .family import Description, Family, Format
+from .layer import IGNORED, Decoded, Layer, Tensors
 from .microscaling import mxfp8
 from .numbers import e4m3, e8m0, has_mode, loaded_e4m3
 
-METHODS = ("fp8",)
-DETAIL = "fmt"
-TENSORS = {"weight_scale_inv", "weight_scale"}
-FORMATS = (
-    Format(
-        "FP8 of the official releases, transformers, ModelOpt and compressed-tensors",
-        "`weight` in e4m3, with float scales for the tensor, the channel or the block",
-        "float",
-        "16 bits",
-    ),
-    Format(
-        "FP8 in blocks with power-of-two scales",
-        "e4m3, with scales in E8M0",
-        "`mxfp8`, with scales repeated",
-        "packed",
-    ),
-)
 TENSOR, CHANNEL = (0, 0), (1, 0)
 _BLOCK = (128, 128)  # of the official releases; where nothing is said, the shape has to fit it
 
 
-def check(config: dict[str, Any]) -> None:
-    check_block("", config, "weight_block_size")
+class Fp8(Family):
+    methods = ("fp8",)
+    detail = "fmt"
+    marks = ("weight_scale_inv", "weight_scale")
+    formats = (
+        Format(
+            "FP8 of the official releases, transformers, ModelOpt and compressed-tensors",
+            "`weight` in e4m3, with float scales for the tensor, the channel or the block",
+            "float",
+            "16 bits",
+        ),
+        Format(
+            "FP8 in blocks with power-of-two scales",
+            "e4m3, with scales in E8M0",
+            "`mxfp8`, with scales repeated; experts fused as `[E, in, out]` float",
+            "packed; 16 bits",
+        ),
+    )
+    undescribed = ("weight_scale_inv",)
 
+    def check(self, description: Description) -> None:
+        check_block("", description, "weight_block_size")
 
-def decode(layer: Layer) -> Decoded:
-    suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
-    form = layer.settings.get("scale_fmt") or "ue8m0"
-    if layer.has(suffix, mx.uint8) and form != "ue8m0":
-        raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
-    return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
+    def halves(self, tensors: Tensors, axis: int, settings: Description) -> tuple[Tensors, Tensors] | None:
+        """A layer cut in two along an axis, -1 or -2, before it is decoded; None where that goes through a block."""
+        *stack_shape, rows, columns = tensors["weight"].shape
+        high, wide = described_block(settings) or _BLOCK
+        border, block = (rows // 2, high) if axis == -2 else (columns // 2, wide)
+        first, second = {}, {}
+        for suffix, array in tensors.items():
+            if suffix in IGNORED:
+                continue
+            shape = array.shape[len(stack_shape) :]
+            if suffix == "weight" or (high and shape == _grid(rows, columns, high, wide) and border % block == 0):
+                first[suffix], second[suffix] = mx.split(array, 2, axis)
+            elif shape == (1, 1) and _grid(rows, columns, high or rows, wide or columns) == (1, 1):
+                first[suffix] = second[suffix] = array
+            else:
+                return None
+        return first, second
+
+    def decode(self, layer: Layer) -> Decoded:
+        suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
+        form = layer.settings.get("scale_fmt") or "ue8m0"
+        if layer.has(suffix, mx.uint8) and form != "ue8m0":
+            raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
+        return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
 
 
 def scaled(layer: Layer, weight: mx.array, suffix: str, block: tuple[int, int] | None) -> Decoded:
@@ -73,7 +94,7 @@ def scaled(layer: Layer, weight: mx.array, suffix: str, block: tuple[int, int] |
     # The largest pieces that make up the blocks, of which the last may be cut short, and the whole.
     tall, broad = math.gcd(rows, high), math.gcd(columns, wide)
     scale = spread(spread(scale, -2, rows, high, tall), -1, columns, wide, broad)
-    pieces = e4m3(weight, exact).reshape(*layer.lead, rows // tall, tall, columns // broad, broad)
+    pieces = e4m3(weight, exact).reshape(*layer.stack_shape, rows // tall, tall, columns // broad, broad)
     product = pieces * mx.expand_dims(scale, (-3, -1))
     return Decoded({"weight": product.reshape(weight.shape).astype(layer.dtype)}, None, "FP8 with float scales")
 
@@ -94,7 +115,7 @@ def _in_blocks(
         # One number may be written in any way, and a column without its axis; but not in ``weight_scale_inv``'s blocks.
         flat = (rows,) if grid == (rows, 1) else (1,) * len(found) if grid == (1, 1) else grid
         if found == grid or (found == flat and not (suffix == "weight_scale_inv" and block and block[0] and block[1])):
-            return scale.reshape(*layer.lead, *grid), high, wide
+            return scale.reshape(*layer.stack_shape, *grid), high, wide
         expected.append(list(grid))
     raise layer.error(suffix, f"the shape {' or '.join(map(str, expected))}", list(found))
 
@@ -113,25 +134,6 @@ def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.
         return scale
     # MLX 0.29 takes wrong numbers of what was taken along another axis, unless that is contiguous.
     return mx.contiguous(mx.take(scale, mx.arange(0, size, piece) // block, axis))
-
-
-def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
-    """A layer cut in two along an axis, -1 or -2, before it is decoded; None where that goes through a block."""
-    *lead, rows, columns = tensors["weight"].shape
-    high, wide = described_block(settings) or _BLOCK
-    border, block = (rows // 2, high) if axis == -2 else (columns // 2, wide)
-    first, second = {}, {}
-    for suffix, array in tensors.items():
-        if suffix in IGNORED:
-            continue
-        shape = array.shape[len(lead) :]
-        if suffix == "weight" or (high and shape == _grid(rows, columns, high, wide) and border % block == 0):
-            first[suffix], second[suffix] = mx.split(array, 2, axis)
-        elif shape == (1, 1) and _grid(rows, columns, high or rows, wide or columns) == (1, 1):
-            first[suffix] = second[suffix] = array
-        else:
-            return None
-    return first, second
 
 
 def _grid(rows: int, columns: int, high: int, wide: int) -> tuple[int, int]:

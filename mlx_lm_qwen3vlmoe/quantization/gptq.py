@@ -22,47 +22,48 @@ import mlx.core as mx
 
 from ..errors import check_kinds
 from .affine import affine, group_size_of, ungrouped
-from .layer import Decoded, Format, Layer
+from .family import Description, Family, Format
+from .layer import Decoded, Layer
 from .packing import pack, unpack, unpack_planes
 
-METHODS = ("gptq",)
-DETAIL = "checkpoint_format"
-TENSORS = {"qweight", "qzeros", "g_idx"}
-TURNED = {"qweight"}
 ACT_ORDER = "act-order"  # why a layer is float
-FORMATS = (
-    Format(
-        "GPTQ, 2 to 8 bits, `gptq`, `gptq_v2` and `gptq_p`",
-        "`qweight` with `quant_method` `gptq`",
-        "affine; 7 bits as 8",
-        "packed",
-    ),
-    Format("GPTQ in act-order", "the same, and a `g_idx` that is out of order", "float", "16 bits"),
-)
 
 
-def check(config: dict[str, Any]) -> None:
-    check_kinds("", config, dynamic=dict, group_size=int)
-    for rule, fields in (config.get("dynamic") or {}).items():
-        if isinstance(fields, dict):
-            check_kinds(f"dynamic.{rule}.", fields, bits=int, group_size=int)
+class Gptq(Family):
+    methods = ("gptq",)
+    detail = "checkpoint_format"
+    marks = ("qweight", "qzeros", "g_idx")
+    formats = (
+        Format(
+            "GPTQ, 2 to 8 bits: `gptq`, `gptq_v2`, `gptq_p`",
+            "`qweight`, by `quant_method`",
+            "affine; 7 bits as 8",
+            "packed",
+        ),
+        Format("GPTQ in act-order", "the same, and a `g_idx` that is out of order", "float", "16 bits"),
+    )
+    turned = ("qweight",)
 
+    def check(self, description: Description) -> None:
+        check_kinds("", description, dynamic=dict, group_size=int)
+        for rule, fields in (description.get("dynamic") or {}).items():
+            if isinstance(fields, dict):
+                check_kinds(f"dynamic.{rule}.", fields, bits=int, group_size=int)
 
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """``dynamic`` has rules for layers whose names match: ``"+:regex"`` (or without the sign) → other fields."""
-    for rule, fields in (config.get("dynamic") or {}).items():
-        if isinstance(fields, dict) and not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
-            return {**config, **fields}
-    return config
+    def settings(self, description: Description, name: str) -> Description:
+        """``dynamic`` has rules for layers whose names match: ``"+:regex"`` (or without the sign) → other fields."""
+        for rule, fields in (description.get("dynamic") or {}).items():
+            if isinstance(fields, dict) and not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+                return {**description, **fields}
+        return description
 
-
-def decode(layer: Layer) -> Decoded:
-    known = ("gptq", "gptq_v2", "gptq_p")
-    named = layer.settings.get("format", "gptq")
-    form = layer.setting("checkpoint_format", ", ".join(known), *known, default=named)
-    planes = (3, 5, 6, 7) if form == "gptq_p" else (5, 6, 7)
-    described = {layer.settings.get("bits")}
-    return words_along_inputs(layer, stored_less_one=form == "gptq", planes=planes, described=described)
+    def decode(self, layer: Layer) -> Decoded:
+        known = ("gptq", "gptq_v2", "gptq_p")
+        named = layer.settings.get("format", "gptq")
+        form = layer.setting("checkpoint_format", ", ".join(known), *known, default=named)
+        planes = (3, 5, 6, 7) if form == "gptq_p" else (5, 6, 7)
+        described = {layer.settings.get("bits")}
+        return words_along_inputs(layer, stored_less_one=form == "gptq", planes=planes, described=described)
 
 
 def words_along_inputs(

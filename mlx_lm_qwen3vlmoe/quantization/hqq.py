@@ -22,52 +22,55 @@ from typing import Any
 import mlx.core as mx
 
 from .affine import affine, regroup
-from .layer import Decoded, Format, Layer
+from .family import Family, Format
+from .layer import Decoded, Layer
 from .packing import pack
 
-METHODS = ("hqq",)
-DETAIL = ""  # its description is nested
 _NUMBERS = ("shape", "axis", "group_size", "nbits")
 _OF_NO_USE = (
     *("channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "packing", "quant_scale"),
     *("quant_zero", "round_zero", "stores_quant_config", "unpack_view_dtype", "view_as_float"),
 )
-TENSORS = {"W_q", "scale", "zero", *_NUMBERS, *_OF_NO_USE}
-FORMATS = (
-    Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
-    Format("HQQ along the other axis, or in groups of 8 or 16", "the same, with `axis` 0", "float", "16 bits"),
-)
 _STORED_AS = {8: (8, 6, 5), 4: (4,), 3: (3,), 2: (2, 1.58)}
 
 
-def decode(layer: Layer) -> Decoded:
-    outputs, inputs = layer.single("W_q")
-    described = {suffix: layer.tensors.pop(suffix, None) for suffix in (*_NUMBERS, *_OF_NO_USE)}
-    codes, scales, zeros = layer.take("W_q", 2), layer.floats("scale", 2), layer.floats("zero", 2)
-    size, groups = outputs * inputs, scales.size
-    group, rest = divmod(size, groups)
-    along = layer.shape(scales) == (groups, 1)  # axis 1
-    if rest:
-        raise layer.error("scale", f"a divisor of {size} values", groups)
-    layer.check("scale", scales, (groups, 1), (1, groups))
-    layer.check("zero", zeros, layer.shape(scales))
-    if along and groups == 1 and layer.shape(codes)[1] == 1:  # one group is either
-        along = False
-    values, bits = _unpacked(layer, codes, (groups, group) if along else (group, groups))
-    if not layer.planning:
-        _check_described(layer, described, [outputs, inputs], 1 if along else 0, group, bits)
-    step = math.gcd(group, inputs)
-    if along and step % 32 == 0:
-        words = pack(values.reshape(outputs, inputs), bits)
-        # In float32: the product of a scale and any zero point needs the digits.
-        scales, zeros = (
-            regroup(array.astype(mx.float32).flatten(), size, group, step).reshape(outputs, -1)
-            for array in (scales, zeros)
-        )
-        return affine(layer, words, scales, zeros, bits, step)
-    weight = (values.astype(mx.float32) - zeros.astype(mx.float32)) * scales.astype(mx.float32)
-    why = f"groups of {group}" if along else "groups that are no neighbors"
-    return Decoded({"weight": weight.reshape(outputs, inputs).astype(layer.dtype)}, None, why)
+class Hqq(Family):
+    methods = ("hqq",)
+    detail = ""  # its description is nested
+    marks = ("W_q", "scale", "zero", *_NUMBERS, *_OF_NO_USE)
+    formats = (
+        Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
+        Format("HQQ along the other axis, or in groups of 8 or 16", "the same, with `axis` 0", "float", "16 bits"),
+    )
+
+    def decode(self, layer: Layer) -> Decoded:
+        outputs, inputs = layer.linear_shape("W_q")
+        described = {suffix: layer.tensors.pop(suffix, None) for suffix in (*_NUMBERS, *_OF_NO_USE)}
+        codes, scales, zeros = layer.take("W_q", 2), layer.floats("scale", 2), layer.floats("zero", 2)
+        size, groups = outputs * inputs, scales.size
+        group, rest = divmod(size, groups)
+        along = layer.shape(scales) == (groups, 1)  # axis 1
+        if rest:
+            raise layer.error("scale", f"a divisor of {size} values", groups)
+        layer.check("scale", scales, (groups, 1), (1, groups))
+        layer.check("zero", zeros, layer.shape(scales))
+        if along and groups == 1 and layer.shape(codes)[1] == 1:  # one group is either
+            along = False
+        values, bits = _unpacked(layer, codes, (groups, group) if along else (group, groups))
+        if not layer.planning:
+            _check_described(layer, described, [outputs, inputs], 1 if along else 0, group, bits)
+        step = math.gcd(group, inputs)
+        if along and step % 32 == 0:
+            words = pack(values.reshape(outputs, inputs), bits)
+            # In float32: the product of a scale and any zero point needs the digits.
+            scales, zeros = (
+                regroup(array.astype(mx.float32).flatten(), size, group, step).reshape(outputs, -1)
+                for array in (scales, zeros)
+            )
+            return affine(layer, words, scales, zeros, bits, step)
+        weight = (values.astype(mx.float32) - zeros.astype(mx.float32)) * scales.astype(mx.float32)
+        why = f"groups of {group}" if along else "groups that are no neighbors"
+        return Decoded({"weight": weight.reshape(outputs, inputs).astype(layer.dtype)}, None, why)
 
 
 def _unpacked(layer: Layer, codes: mx.array, shape: tuple[int, int]) -> tuple[mx.array, int]:

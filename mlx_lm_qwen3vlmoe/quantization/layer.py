@@ -21,15 +21,6 @@ IGNORED = {
 _INDICES = ("g_idx", "weight_g_idx")
 
 
-class Format(NamedTuple):
-    """A row of the table of formats in docs/checkpoints.md."""
-
-    name: str
-    told_by: str
-    becomes: str
-    in_memory: str
-
-
 class Decoded(NamedTuple):
     """MLX's packed tensors and their parameters; or a float weight, None, and why MLX cannot hold it packed."""
 
@@ -44,10 +35,10 @@ class Layer:
     Attributes:
         name: of the layer, for errors.
         tensors: suffix → array.
-        settings: the checkpoint's description, as far as it speaks of this layer.
+        settings: what the checkpoint's description says of this layer.
         dtype: of the float weight, where MLX cannot express the format.
-        lead: the axes in front of every tensor: ``()``, or ``(experts,)`` for a stack of alike layers, whose shapes are
-            ``lead + shape``. Formulas work along the last two axes, so that one serves both.
+        stack_shape: the axes in front of every tensor: ``()``, or ``(experts,)`` for a stack of alike layers. Formulas
+            work along the last two axes, so that one serves both.
         takes_global_scale: whether the host's layer can hold NVFP4's second scale.
         planning: whether the tensors have no values yet (`inspect` reads headers only).
         host_shape: ``(out, in)`` by the config; None where the host has no such layer.
@@ -59,14 +50,14 @@ class Layer:
         tensors: Tensors,
         settings: dict[str, Any],
         dtype: mx.Dtype,
-        lead: tuple[int, ...] = (),
+        stack_shape: tuple[int, ...] = (),
         takes_global_scale: bool = False,
         planning: bool = False,
         host_shape: tuple[int, int] | None = None,
     ):
         self.name, self.settings, self.dtype = name, settings, dtype
         self.tensors = {suffix: array for suffix, array in tensors.items() if suffix not in IGNORED}
-        self.lead, self.takes_global_scale, self.planning = lead, takes_global_scale, planning
+        self.stack_shape, self.takes_global_scale, self.planning = stack_shape, takes_global_scale, planning
         self.host_shape = host_shape
 
     def error(self, suffix: str, expected: str, found: object) -> CheckpointError:
@@ -84,11 +75,11 @@ class Layer:
 
     def shape(self, array: mx.array) -> tuple[int, ...]:
         """The shape of one layer's tensor."""
-        return array.shape[len(self.lead) :]
+        return array.shape[len(self.stack_shape) :]
 
-    def single(self, suffix: str) -> tuple[int, int]:
+    def linear_shape(self, suffix: str) -> tuple[int, int]:
         """``(out, in)`` by the config, for a format whose tensors are flat, and of which there are no stacks."""
-        if self.lead or self.host_shape is None:
+        if self.stack_shape or self.host_shape is None:
             raise self.error(suffix, "a linear layer outside of the experts", "another")
         return self.host_shape
 
@@ -107,8 +98,8 @@ class Layer:
                 "Is a file of the checkpoint missing?"
             )
         array = self.tensors.pop(suffix)
-        if array.shape[: len(self.lead)] != self.lead:
-            raise self.error(suffix, f"{self.lead[0]} experts", list(array.shape))
+        if array.shape[: len(self.stack_shape)] != self.stack_shape:
+            raise self.error(suffix, f"{self.stack_shape[0]} experts", list(array.shape))
         if (ranks and len(self.shape(array)) not in ranks) or not array.size:
             raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(self.shape(array)))
         if suffix in _INDICES:
@@ -135,9 +126,9 @@ class Layer:
         return array
 
     def number(self, suffix: str) -> mx.array:
-        """One float for the whole layer, as ``lead + (1, 1)`` in float32."""
+        """One float for the whole layer, as ``stack_shape + (1, 1)`` in float32."""
         array = self.floats(suffix)
-        return self.check_one(suffix, array).astype(mx.float32).reshape(*self.lead, 1, 1)
+        return self.check_one(suffix, array).astype(mx.float32).reshape(*self.stack_shape, 1, 1)
 
     def check_one(self, suffix: str, array: mx.array) -> mx.array:
         if any(axis != 1 for axis in self.shape(array)):

@@ -67,7 +67,7 @@ def nvfp4(layer: Layer, codes: mx.array, scales: mx.array, scale: mx.array, grou
     if layer.takes_global_scale and scales.dtype == mx.uint8:
         scales = mx.repeat(scales, group_size // 16, -1)
         # Stacked experts have one each; a single layer a scalar.
-        tensors = {"weight": codes.view(mx.uint32), "scales": scales, "global_scale": scale.reshape(layer.lead)}
+        tensors = {"weight": codes.view(mx.uint32), "scales": scales, "global_scale": scale.reshape(layer.stack_shape)}
         tensors["global_scale"] = tensors["global_scale"] * (448 * 6)
         return Decoded(tensors, {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True})
     return _float(layer, e2m1(codes), e4m3(scales) * scale, group_size, "NVFP4's second scale")

@@ -18,56 +18,55 @@ Source: ``modelopt/torch/export/quant_utils.py`` and ``modelopt/torch/quantizati
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from ..errors import check_kinds
 from . import fp8, schemes
 from .affine import affine, dequantize
-from .layer import Decoded, Format, Layer
+from .family import Description, Family, Format
+from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp8, nvfp4
 from .packing import pack
 
-METHODS = ("modelopt",)
-DETAIL = "quant_algo"
-TENSORS = {"weight_scale", "weight_scale_2", "pre_quant_scale"}
-FORMATS = (
-    Format(
-        "NVFP4 of compressed-tensors and ModelOpt",
-        "`weight_global_scale`, or `weight_scale_2`",
-        "experts: `nvfp4` on a GPU with mlx-lm 0.32.1 or newer; else float",
-        "packed; 16 bits",
-    ),
-    Format("ModelOpt W8A16 and W4A16_AWQ", "`weight` in int8 or uint8, float32 `weight_scale`", "affine", "packed"),
-    Format("ModelOpt's AWQ forms", "`pre_quant_scale`", "float", "16 bits"),
-)
 
+class ModelOpt(Family):
+    methods = ("modelopt",)
+    detail = "quant_algo"
+    marks = ("weight_scale", "weight_scale_2", "pre_quant_scale")
+    formats = (
+        Format(
+            "NVFP4 of compressed-tensors and ModelOpt",
+            "`weight_global_scale`, or `weight_scale_2`",
+            "experts: `nvfp4` on a GPU with mlx-lm 0.32.1 or newer; else float",
+            "packed; 16 bits",
+        ),
+        Format("ModelOpt W8A16 and W4A16_AWQ", "`weight` in int8 or uint8, float32 `weight_scale`", "affine", "packed"),
+        Format("ModelOpt's AWQ forms", "`pre_quant_scale`", "float", "16 bits"),
+    )
+    undescribed = ("weight_scale_2",)
 
-def check(config: dict[str, Any]) -> None:
-    check_kinds("", config, group_size=int, quantized_layers=dict)
-    for name, fields in (config.get("quantized_layers") or {}).items():
-        if isinstance(fields, dict):
-            check_kinds(f"quantized_layers.{name}.", fields, group_size=int)
-    schemes.check(config)
+    def check(self, description: Description) -> None:
+        check_kinds("", description, group_size=int, quantized_layers=dict)
+        for name, fields in (description.get("quantized_layers") or {}).items():
+            if isinstance(fields, dict):
+                check_kinds(f"quantized_layers.{name}.", fields, group_size=int)
+        schemes.check(description)
 
+    def settings(self, description: Description, name: str) -> Description:
+        """``quantized_layers`` has the algorithm of single layers, where it is MIXED_PRECISION."""
+        fields = (description.get("quantized_layers") or {}).get(name)
+        return {**description, **fields} if isinstance(fields, dict) else description
 
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """``quantized_layers`` has the algorithm of single layers, where it is MIXED_PRECISION."""
-    fields = (config.get("quantized_layers") or {}).get(name)
-    return {**config, **fields} if isinstance(fields, dict) else config
-
-
-def decode(layer: Layer) -> Decoded:
-    smooth = layer.take_optional("pre_quant_scale", 1)
-    if smooth is None:
-        return _decode(layer)
-    dtype, layer.dtype, layer.takes_global_scale = layer.dtype, mx.float32, False  # one rounding, at the end
-    tensors, parameters, _ = _decode(layer)
-    weight = dequantize(tensors, parameters, mx.float32) if parameters else tensors["weight"]
-    layer.check("pre_quant_scale", smooth, (weight.shape[-1],))
-    weight = weight * mx.expand_dims(smooth.astype(mx.float32), -2)
-    return Decoded({"weight": weight.astype(dtype)}, None, "AWQ's scales of inputs")
+    def decode(self, layer: Layer) -> Decoded:
+        smooth = layer.take_optional("pre_quant_scale", 1)
+        if smooth is None:
+            return _decode(layer)
+        dtype, layer.dtype, layer.takes_global_scale = layer.dtype, mx.float32, False  # one rounding, at the end
+        tensors, parameters, _ = _decode(layer)
+        weight = dequantize(tensors, parameters, mx.float32) if parameters else tensors["weight"]
+        layer.check("pre_quant_scale", smooth, (weight.shape[-1],))
+        weight = weight * mx.expand_dims(smooth.astype(mx.float32), -2)
+        return Decoded({"weight": weight.astype(dtype)}, None, "AWQ's scales of inputs")
 
 
 def _decode(layer: Layer) -> Decoded:

@@ -99,8 +99,8 @@ def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array
     Eight words of eight nibbles are transposed as a square, without taking a nibble out: three times, the halves (then
     quarters, then eighths) of words that lie off the diagonal change places.
     """
-    *lead, inputs, outputs = words.shape
-    squares = words.view(mx.uint32).reshape(*lead, inputs // 8, 8, outputs)
+    *stack_shape, inputs, outputs = words.shape
+    squares = words.view(mx.uint32).reshape(*stack_shape, inputs // 8, 8, outputs)
     rows = list(mx.contiguous(mx.moveaxis(squares, -2, 0)))
     for distance, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
         for i in range(8):

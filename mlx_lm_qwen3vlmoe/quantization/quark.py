@@ -19,73 +19,75 @@ like MXFP4, is refused. Source: ``quark/torch`` (``export``, ``utils/pack.py``, 
 from __future__ import annotations
 
 import fnmatch
-from typing import Any
 
 import mlx.core as mx
 
 from ..errors import check_kinds, description_error
 from . import fp8
 from .affine import affine
-from .layer import Decoded, Format, Layer
+from .family import Description, Family, Format
+from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, nvfp4
 from .packing import AWQ, PLAIN, pack, transpose_nibbles, unpack_outputs
 
-METHODS = ("quark",)
-DETAIL = "version"
-TENSORS = {"weight_scale", "weight_scale_2", "weight_zero_point", "weight_zero_point_2"}
-FORMATS = (
-    Format("Quark MXFP4", "`weight` in uint8, by `quantization_config`", "`mxfp4`", "packed"),
-    Format("Quark MXFP6, E2M3 and E3M2", "the same", "`mxfp8`", "packed"),
-    Format("Quark INT8 and UINT8", "`weight` in 8-bit integers", "affine, 8 bits", "packed"),
-    Format("Quark INT4 and UINT4, by group or channel, over FP8 too", "`weight` in int32", "affine, 4 bits", "packed"),
-    Format("Quark FP8 and NVFP4", "as the same of other tools", "as there", "as there"),
-)
 
+class Quark(Family):
+    methods = ("quark",)
+    detail = "version"
+    marks = ("weight_scale", "weight_scale_2", "weight_zero_point", "weight_zero_point_2")
+    formats = (
+        Format("Quark MXFP4", "`weight` in uint8, by `quantization_config`", "`mxfp4`", "packed"),
+        Format("Quark MXFP6, E2M3 and E3M2", "the same", "`mxfp8`", "packed"),
+        Format("Quark INT8 and UINT8", "`weight` in 8-bit integers", "affine, 8 bits", "packed"),
+        Format(
+            "Quark INT4 and UINT4, by group or channel, over FP8 too", "`weight` in int32", "affine, 4 bits", "packed"
+        ),
+        Format("Quark FP8 and NVFP4", "as the same of other tools", "as there", "as there"),
+    )
 
-def check(config: dict[str, Any]) -> None:
-    fields = {"global_quant_config": dict, "layer_quant_config": dict, "layer_type_quant_config": dict, "export": dict}
-    check_kinds("", config, **fields)
-    for home in ("layer_quant_config", "layer_type_quant_config"):
-        for name, layer in (config.get(home) or {}).items():
-            check_kinds(f"{home}.", {name: layer}, **{name: dict})
+    def check(self, description: Description) -> None:
+        fields = ("global_quant_config", "layer_quant_config", "layer_type_quant_config", "export")
+        check_kinds("", description, **dict.fromkeys(fields, dict))
+        for home in ("layer_quant_config", "layer_type_quant_config"):
+            for name, layer in (description.get(home) or {}).items():
+                check_kinds(f"{home}.", {name: layer}, **{name: dict})
 
+    def settings(self, description: Description, name: str) -> Description:
+        """``stages``: the descriptions of a layer's weight, of which there are two where scales are quantized, too."""
+        layers = description.get("layer_quant_config") or {}
+        types = description.get("layer_type_quant_config") or {}
+        linear = types.get("Linear") or description.get("global_quant_config") or {}
+        own = next((layers[pattern] for pattern in layers if fnmatch.fnmatchcase(name, pattern)), None)
+        weight = (own or linear).get("weight")
+        stages = weight if isinstance(weight, list) else [weight]
+        if not all(isinstance(stage, dict) for stage in stages):
+            stages = []
+        return {**description, "stages": stages}
 
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """``stages``: the descriptions of a layer's weight, of which there are two where scales are quantized, too."""
-    layers = config.get("layer_quant_config") or {}
-    linear = (config.get("layer_type_quant_config") or {}).get("Linear") or config.get("global_quant_config") or {}
-    own = next((layers[pattern] for pattern in layers if fnmatch.fnmatchcase(name, pattern)), None)
-    weight = (own or linear).get("weight")
-    stages = weight if isinstance(weight, list) else [weight]
-    if not all(isinstance(stage, dict) for stage in stages):
-        stages = []
-    return {**config, "stages": stages}
-
-
-def decode(layer: Layer) -> Decoded:
-    kinds = tuple(str(stage.get("dtype")) for stage in layer.settings.get("stages", ()))
-    scale_format = layer.settings["stages"][0].get("scale_format") if kinds else None
-    if kinds == ("fp4",) and scale_format == "e8m0":
-        return mxfp4(layer, layer.take("weight", 2), layer.take("weight_scale", 2))
-    if kinds in (("fp6_e2m3",), ("fp6_e3m2",)) and scale_format == "e8m0":
-        return mxfp6(layer, layer.take("weight", 2), layer.take("weight_scale", 2), kinds[0].removeprefix("fp6_"))
-    if kinds == ("fp8_e4m3",):
-        return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", _shared(layer))
-    if kinds == ("fp4", "fp8_e4m3"):
-        return nvfp4(layer, layer.take("weight", 2), layer.take("weight_scale", 2), layer.number("weight_scale_2"))
-    if kinds in (("int8",), ("uint8",)):
-        return _eight_bits(layer, signed=kinds == ("int8",))
-    if kinds in (("int4",), ("uint4",)):
-        return _four_bits(layer, signed=kinds == ("int4",))
-    if kinds == ("fp8_e4m3", "int4"):
-        scales = layer.floats("weight_scale_2", 1).astype(mx.float32)
-        scales = mx.expand_dims(scales, -1) * layer.number("weight_scale")
-        return _four_bits_by_channel(layer, scales, "weight_zero_point_2", signed=True)
-    known = "fp4 with scale_format e8m0, fp6_e2m3, fp6_e3m2, fp8_e4m3, int8, uint8, int4 or uint4"
-    found = " over ".join(kinds) + (f" with scale_format {scale_format}" if scale_format else "")
-    if scale_format == "e5m3":
-        found = f"amdfp4 ({found})"
-    raise layer.error("weight", f"{known} in quantization_config (dtype)", found or "none")
+    def decode(self, layer: Layer) -> Decoded:
+        kinds = tuple(str(stage.get("dtype")) for stage in layer.settings.get("stages", ()))
+        scale_format = layer.settings["stages"][0].get("scale_format") if kinds else None
+        if kinds == ("fp4",) and scale_format == "e8m0":
+            return mxfp4(layer, layer.take("weight", 2), layer.take("weight_scale", 2))
+        if kinds in (("fp6_e2m3",), ("fp6_e3m2",)) and scale_format == "e8m0":
+            return mxfp6(layer, layer.take("weight", 2), layer.take("weight_scale", 2), kinds[0].removeprefix("fp6_"))
+        if kinds == ("fp8_e4m3",):
+            return fp8.scaled(layer, layer.take("weight", 2), "weight_scale", _shared(layer))
+        if kinds == ("fp4", "fp8_e4m3"):
+            return nvfp4(layer, layer.take("weight", 2), layer.take("weight_scale", 2), layer.number("weight_scale_2"))
+        if kinds in (("int8",), ("uint8",)):
+            return _eight_bits(layer, signed=kinds == ("int8",))
+        if kinds in (("int4",), ("uint4",)):
+            return _four_bits(layer, signed=kinds == ("int4",))
+        if kinds == ("fp8_e4m3", "int4"):
+            scales = layer.floats("weight_scale_2", 1).astype(mx.float32)
+            scales = mx.expand_dims(scales, -1) * layer.number("weight_scale")
+            return _four_bits_by_channel(layer, scales, "weight_zero_point_2", signed=True)
+        known = "fp4 with scale_format e8m0, fp6_e2m3, fp6_e3m2, fp8_e4m3, int8, uint8, int4 or uint4"
+        found = " over ".join(kinds) + (f" with scale_format {scale_format}" if scale_format else "")
+        if scale_format == "e5m3":
+            found = f"amdfp4 ({found})"
+        raise layer.error("weight", f"{known} in quantization_config (dtype)", found or "none")
 
 
 def _shared(layer: Layer) -> tuple[int, int] | None:
@@ -120,7 +122,7 @@ def _column(layer: Layer, suffix: str, array: mx.array, outputs: int) -> mx.arra
     """``[out]`` per channel, ``[]`` or ``[1]`` per tensor → ``[out, 1]``."""
     channels = layer.settings["stages"][0].get("qscheme") == "per_channel"
     layer.check(suffix, array, *([(outputs,)] if channels else [(), (1,)]))
-    return mx.broadcast_to(array.reshape(*layer.lead, -1, 1), (*layer.lead, outputs, 1))
+    return mx.broadcast_to(array.reshape(*layer.stack_shape, -1, 1), (*layer.stack_shape, outputs, 1))
 
 
 def _four_bits(layer: Layer, signed: bool) -> Decoded:

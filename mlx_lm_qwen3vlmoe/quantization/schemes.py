@@ -143,4 +143,4 @@ def of_each_output(
         what = f"the shape {' or '.join(map(str, expected))}, by config_groups"
         raise layer.error(suffix, what, list(layer.shape(scales)))
     high = block[0] if block else 1 if grid[0] == shape[0] else shape[0]
-    return spread(scales.reshape(*layer.lead, *grid), -2, shape[0], high, 1)
+    return spread(scales.reshape(*layer.stack_shape, *grid), -2, shape[0], high, 1)

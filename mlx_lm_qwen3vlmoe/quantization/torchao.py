@@ -20,37 +20,40 @@ import mlx.core as mx
 
 from . import fp8
 from .affine import BITS, signed
-from .layer import Decoded, Format, Layer
+from .family import Family, Format
+from .layer import Decoded, Layer
 from .numbers import loaded_e4m3
 
-METHODS = ("torchao",)
-DETAIL = ""  # its description is nested
-TENSORS = {"_weight_qdata", "_weight_scale", "_weight_zero_point"}
-FORMATS = (
-    Format("torchao int8 and intx, 1 to 8 bits", "`_weight_qdata` in int8", "affine", "packed"),
-    Format("torchao float8", "`_weight_qdata` in e4m3", "float", "16 bits"),
-)
 _OF_ACTIVATIONS = ("_weight_act_quant_scale", "_weight_act_quant_zero_point")
 
 
-def decode(layer: Layer) -> Decoded:
-    for suffix in _OF_ACTIVATIONS:
-        layer.tensors.pop(suffix, None)
-    codes = layer.take("_weight_qdata", 2)
-    if codes.dtype not in (mx.int8, loaded_e4m3()):
-        raise layer.error("_weight_qdata", "int8 or e4m3 (of Int8Tensor, IntxUnpackedToInt8Tensor)", codes.dtype)
-    config = _within(layer.settings.get("quant_type"), "default")
-    kind = re.search("(Int8|Intx|Float8)Weight", str(_within(config, "_type")))
-    if kind and (kind[1] == "Float8") != (codes.dtype != mx.int8):
-        raise layer.error("_weight_qdata", f"{kind[1]}, by quant_type", codes.dtype)
-    config = _within(config, "_data")
-    if layer.has("_weight_scale"):
-        _check_granularity(layer, codes, _within(config, "granularity"))
-    if codes.dtype == mx.int8:
-        return _integers(layer, codes, _bits(_within(config, "weight_dtype", "_data")))
-    if layer.has("_weight_scale", mx.uint8):
-        raise layer.error("_weight_scale", "floats", mx.uint8)
-    return fp8.scaled(layer, codes, "_weight_scale", None)
+class TorchAo(Family):
+    methods = ("torchao",)
+    detail = ""  # its description is nested
+    marks = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
+    formats = (
+        Format("torchao int8 and intx, 1 to 8 bits", "`_weight_qdata` in int8", "affine", "packed"),
+        Format("torchao float8", "`_weight_qdata` in e4m3", "float", "16 bits"),
+    )
+
+    def decode(self, layer: Layer) -> Decoded:
+        for suffix in _OF_ACTIVATIONS:
+            layer.tensors.pop(suffix, None)
+        codes = layer.take("_weight_qdata", 2)
+        if codes.dtype not in (mx.int8, loaded_e4m3()):
+            raise layer.error("_weight_qdata", "int8 or e4m3 (of Int8Tensor, IntxUnpackedToInt8Tensor)", codes.dtype)
+        config = _within(layer.settings.get("quant_type"), "default")
+        kind = re.search("(Int8|Intx|Float8)Weight", str(_within(config, "_type")))
+        if kind and (kind[1] == "Float8") != (codes.dtype != mx.int8):
+            raise layer.error("_weight_qdata", f"{kind[1]}, by quant_type", codes.dtype)
+        config = _within(config, "_data")
+        if layer.has("_weight_scale"):
+            _check_granularity(layer, codes, _within(config, "granularity"))
+        if codes.dtype == mx.int8:
+            return _integers(layer, codes, _bits(_within(config, "weight_dtype", "_data")))
+        if layer.has("_weight_scale", mx.uint8):
+            raise layer.error("_weight_scale", "floats", mx.uint8)
+        return fp8.scaled(layer, codes, "_weight_scale", None)
 
 
 def _within(description: Any, *fields: str) -> Any:
@@ -83,8 +86,10 @@ def _integers(layer: Layer, codes: mx.array, bits: int) -> Decoded:
         layer.check("_weight_zero_point", zeros, (rows, groups))
         if zeros.dtype != mx.int8 and not mx.issubdtype(zeros.dtype, mx.floating):
             raise layer.error("_weight_zero_point", "int8 or floats", zeros.dtype)
-        zeros = mx.broadcast_to(zeros, (*layer.lead, outputs, groups))
-    return signed(layer, codes, mx.broadcast_to(scales, (*layer.lead, outputs, groups)), zeros, bits, inputs // groups)
+        zeros = mx.broadcast_to(zeros, (*layer.stack_shape, outputs, groups))
+    return signed(
+        layer, codes, mx.broadcast_to(scales, (*layer.stack_shape, outputs, groups)), zeros, bits, inputs // groups
+    )
 
 
 def _bits(dtype: Any) -> int:

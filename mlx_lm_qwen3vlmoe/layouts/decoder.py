@@ -12,7 +12,7 @@ from .. import quantization
 from ..config import linear_shape
 from ..errors import CheckpointError
 from ..quantization import ACT_ORDER, Decoded, Layer, Tensors
-from ..quantization.packed import check_packed
+from ..quantization.checks import check_packed
 from ..runtime.backend import planning, takes_global_scale
 from ..runtime.lazy import in_pieces
 from .names import module_name
@@ -41,7 +41,7 @@ class Decoder:
             return self._mlx(path, tensors)
         return self._counted(tensors, self._foreign(path, tensors, ()))
 
-    def of_experts(self, path: str, experts: int, stored: Callable[[slice], Tensors]) -> Decoded:
+    def stacked(self, path: str, experts: int, stored: Callable[[slice], Tensors]) -> Decoded:
         """A stack of alike layers.
 
         Args:
@@ -111,6 +111,10 @@ class Decoder:
             return mx.stack([tensor.swapaxes(-1, -2) for tensor in tensors]).swapaxes(-1, -2)
         return mx.stack(tensors)
 
+    def halves(self, path: str, tensors: Tensors, axis: int) -> tuple[Tensors, Tensors] | None:
+        """Fused experts cut in two before they are decoded; None where the format does not allow it."""
+        return quantization.halves(tensors, axis, self.settings(path))
+
     def describes_alike(self, paths: list[str]) -> bool:
         """Whether the description says the same of these layers."""
         first, *others = ((self.settings(path), self.own.get(module_name(path))) for path in paths)
@@ -118,7 +122,7 @@ class Decoder:
 
     def settings(self, path: str) -> dict[str, Any]:
         """What the description says of a layer."""
-        return quantization.settings(self.description, module_name(path))
+        return quantization.layer_settings(self.description, module_name(path))
 
     def in_common(self, layers: list[Decoded]) -> list[Decoded]:
         """Layers of one shape, to be stacked, in one format."""

@@ -1,0 +1,63 @@
+"""What every family of formats has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from .layer import Decoded, Layer, Tensors
+
+Description = dict[str, Any]  # of a checkpoint, or what it says of one layer
+
+
+class Format(NamedTuple):
+    """A row of the table of formats in docs/checkpoints.md."""
+
+    name: str
+    recognized_by: str
+    becomes: str
+    in_memory: str
+
+
+class Family(ABC):
+    """The formats that are described by one ``quant_method``.
+
+    Attributes:
+        methods: the values of ``quant_method``.
+        detail: the field of the description that tells the format, for `inspect`; empty if it is nested.
+        marks: suffixes of tensors that mark a layer as quantized, whatever the description says: tools leave layers
+            unquantized that their description names, and vice versa.
+        formats: its rows in docs/checkpoints.md.
+        undescribed: those of the marks that tell the family where there is no description.
+        turned: suffixes of large tensors whose last two axes `decode` swaps; they are stacked that way at once.
+    """
+
+    methods: tuple[str, ...]
+    detail: str
+    marks: tuple[str, ...]
+    formats: tuple[Format, ...]
+    undescribed: tuple[str, ...] = ()
+    turned: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        if missing := {"methods", "detail", "marks", "formats"} - vars(cls).keys():
+            raise TypeError(f"{cls.__name__}: expected {', '.join(sorted(missing))}, found nothing")
+
+    def check(self, description: Description) -> None:
+        """Raise `CheckpointError` for a field that is not of the type that the other methods rely on."""
+        return
+
+    def settings(self, description: Description, name: str) -> Description:
+        """What the description says of a layer; ``name`` as transformers has it, ``model.language_model.layers.…``."""
+        return description
+
+    def halves(self, tensors: Tensors, axis: int, settings: Description) -> tuple[Tensors, Tensors] | None:
+        """Fused experts cut in two along an axis of the weight, -1 or -2, if each half decodes by itself.
+
+        None otherwise: then the whole is decoded first. Two halves in bytes wait in less memory than two in floats.
+        """
+        return None
+
+    @abstractmethod
+    def decode(self, layer: Layer) -> Decoded:
+        """The tensors of one layer, or of a stack of alike ones, as MLX's packed tensors or a float weight."""
