@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..layouts.names import EMBEDDINGS, NUMBER, host_name, module_name, shortened
+from ..errors import CheckpointError, series, shown
+from ..layouts.names import EMBEDDINGS, NUMBER, host_name, module_name
+from ..layouts.stacking import PROJECTIONS
 from . import fused
 from .base import Base
-from .files import broken, read_tensors
+from .files import as_in_file, broken, read_tensors
 from .fused import DOWN, GATE_UP, Pair
-from .lora import Adapter, Lora, check_shapes, is_expert, sizes, stack, unlike_base
+from .lora import MERGE, Adapter, Lora, check_shapes, is_expert, sizes, stack, unlike_base
 from .peft_config import PeftConfig, write_config
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,12 @@ class Module(NamedTuple):
     """What a file has for a module.
 
     Attributes:
+        stored: its name in the file.
         name: of the module in the model that was trained.
         parts: its tensors.
     """
 
+    stored: str
     name: str
     parts: Parts
 
@@ -61,6 +64,23 @@ def read(folder: Path, base: Base) -> Adapter:
     config = PeftConfig(folder)
     modules = _by_module(read_tensors(folder / FILE))
     adapter = Adapter(dropout=config.dropout, base=base.name)
+    adapter.names = _names(modules)
+    with as_in_file(adapter.names):
+        _fill(adapter, modules, config, base, folder)
+    return adapter
+
+
+def _names(modules: dict[str, Module]) -> dict[str, str]:
+    """Path in the host's model → the module's name in the file, of stacked experts that of the first."""
+    names = {path: module.stored for path, module in modules.items()}
+    for path, module in modules.items():
+        single, several = _SINGLE.fullmatch(path), _FUSED.fullmatch(path)
+        for projection in [single[3]] if single else PROJECTIONS if several else []:
+            names.setdefault(f"{path.partition('.experts')[0]}.switch_mlp.{projection}", module.stored)
+    return names
+
+
+def _fill(adapter: Adapter, modules: dict[str, Module], config: PeftConfig, base: Base, folder: Path) -> None:
     single: dict[str, dict[int, Lora]] = {}
     for path, module in modules.items():
         if match := _SINGLE.fullmatch(path):
@@ -80,7 +100,6 @@ def read(folder: Path, base: Base) -> Adapter:
             for name, pair in pairs.items():
                 in_two = name == GATE_UP and fused.is_in_two(looked_at[name], over_in, blocks)
                 adapter.modules |= fused.separate(mlp, name, pair, over_in, blocks, in_two)
-    return adapter
 
 
 def _by_module(tensors: dict[str, mx.array], quiet: bool = False) -> dict[str, Module]:
@@ -104,18 +123,17 @@ def _by_module(tensors: dict[str, mx.array], quiet: bool = False) -> dict[str, M
             continue
         rest = match[3].removesuffix(".weight") if match else ""
         if not match or not path or rest.count(".") > 1 or rest.endswith(".bias"):
-            raise CheckpointError(
-                f"{shortened(tensor)}: expected lora_A, lora_B or lora_magnitude_vector of a Qwen3-VL-MoE model, found "
-                "a tensor that no adapter of mlx_lm can hold. Merge the adapter with PEFT."
-            )
+            expected = "lora_A, lora_B or lora_magnitude_vector of a Qwen3-VL-MoE model"
+            raise CheckpointError(tensor, expected, "a tensor that no adapter of mlx_lm can hold", MERGE)
         names.add(rest)
         if len(names) > 1:
-            raise CheckpointError(
-                f"{shortened(tensor)}: expected one adapter in the file, found two, by the names in their tensors."
-            )
-        module = modules.setdefault(path.removesuffix(".weight"), Module(name.removesuffix(".base_layer"), {}))
+            found = f"two, {series(sorted(shown(each[1:]) for each in names), 'and')}"
+            raise CheckpointError(tensor, "one adapter in the file", found, "Save one of them with PEFT.")
+        new = Module(match[1], name.removesuffix(".base_layer"), {})
+        module = modules.setdefault(path.removesuffix(".weight"), new)
         if match[2] in module.parts:
-            raise broken(tensor, "it once", "it twice, under two names")
+            where = f"{module.stored}.lora_{match[2]}{match[3]}", tensor
+            raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")
         module.parts[match[2]] = array
     if not quiet and vision:
         logger.warning("Left out: the adapters of %d vision layers, which a text model has no use for.", len(vision))
@@ -130,14 +148,14 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A", "B")
     expected = {*kinds, *(["magnitude_vector"] if config.dora else [])}
     if parts.keys() != expected:
-        found = " and ".join(f"lora_{kind}" for kind in sorted(parts))
-        raise broken(module.name, " and ".join(f"lora_{kind}" for kind in sorted(expected)), found)
+        wanted, found = (series([f"lora_{kind}" for kind in sorted(kinds)], "and") for kinds in (expected, parts))
+        raise broken(module.stored, wanted, found)
     parameter = f"{module.name}.weight"
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
-        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}] by r and rank_pattern"
-        raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")
+        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}], by r and rank_pattern"
+        raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
     lora = Lora(a, b, scale, parts.get("magnitude_vector"))
     if not _SINGLE.fullmatch(path):
         check_shapes(path, lora)
@@ -159,7 +177,7 @@ def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) 
     for path, experts in single.items():
         if max(experts) >= count:
             odd = path.replace("switch_mlp", f"experts.{max(experts)}")
-            raise unlike_base(odd, f"experts 0 to {count - 1}", "it")
+            raise unlike_base(odd, f"no expert after {count - 1}, as in the base model", f"expert {max(experts)}")
         stacked[path] = stack(path, [experts.get(n) for n in range(count)])
     return stacked
 
@@ -178,17 +196,17 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
         elif len(targeted) == 1 and not match[2]:
             (name,) = targeted
         else:
-            targets = "LoRA of those of gate_up_proj and down_proj that target_parameters names"
-            raise broken(module.name, targets, f"one for {config.parameters}")
+            targets = "as many adapters of experts as target_parameters names gate_up_proj and down_proj"
+            raise broken(module.stored, targets, f"target_parameters {shown(config.parameters)}")
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
         parts = module.parts
         if parts.keys() != {"A", "B"}:
-            found = " and ".join(f"lora_{kind}" for kind in sorted(parts))
-            raise broken(module.name, f"lora_A and lora_B of {name}", found)
+            found = series([f"lora_{kind}" for kind in sorted(parts)], "and")
+            raise broken(module.stored, f"lora_A and lora_B of {name}", found)
         a, b = parts["A"], parts["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name} by r and rank_pattern"
-            raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")
+            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name}, by r and rank_pattern"
+            raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
         layers.setdefault(match[1], {})[name] = Pair(a, b, rank, scale)
     return layers
 
