@@ -7,12 +7,15 @@ QUESTION ?= What is this package?
 # Of tests/fuzz/run.py: --seconds, --mutants, --only FIXTURE, --seed, --replay ID.
 FUZZ ?= --seconds 600
 # A worker a core; the tests of one file mostly stay together, as they share what takes long to make.
-PARALLEL := -n auto --maxprocesses=8 --dist worksteal
+# On a terminal, a bar shows the file that runs and how far it is; elsewhere, a line a test.
+PYTEST = @test -t 1 || verbose=--verbose; \
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal $$verbose --durations=10
+STARTING := $(addprefix tests/test_,$(addsuffix .py,claims doctor host plugins registry security))
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: demo test test-all lint fuzz matrix bench bench-quick bench-real bench-real-quick clean
+.PHONY: demo test test-rest test-all lint fuzz matrix bench bench-quick bench-real bench-real-quick clean
 
 demo: $(VENV)/demo.stamp
 	@echo "Asking the tiny model in $(MODEL). Another question: make demo QUESTION='Who are you?'"
@@ -21,10 +24,14 @@ demo: $(VENV)/demo.stamp
 
 # Every feature, in a few minutes; see the marker "thorough" in pyproject.toml.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PARALLEL) --durations=10 -m "not thorough"
+	$(PYTEST) -m "not thorough"
 
-test-all: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PARALLEL) --durations=10 --fresh
+# What `make test` leaves out: more of each kind, and tests of starting Python without the process that they fork from.
+test-rest: $(VENV)/test.stamp
+	$(PYTEST) -m thorough
+	$(PYTEST) -m "not thorough" --fresh $(STARTING)
+
+test-all: test test-rest
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -61,15 +61,25 @@ TODAY = {"0.28.2": ["transformers<5"], "0.29.1": ["transformers<5"], "0.30.7": [
 PYTHONS = {"3.10": "0.31.3", **dict.fromkeys(("3.12", "3.13", "3.14", "3.14t"), "newest")}
 
 
+WHEELS: list[Path] = []
+
+
+def built(session: nox.Session) -> Path:
+    """The wheel, which the first session builds for all."""
+    if not WHEELS:
+        folder = Path(session.create_tmp()) / "wheel"
+        session.run("uv", "build", "-q", "--wheel", "--out-dir", str(folder), external=True)
+        WHEELS.extend(folder.glob("*.whl"))
+    return WHEELS[0]
+
+
 def run_on(session: nox.Session, host: str, packages: list[str], selection: list[str], *files: str) -> None:
     """Install the wheel beside a host, and run the tests of these files that the host can pass."""
-    wheels = Path(session.create_tmp()) / "wheel"
-    session.run("uv", "build", "-q", "--wheel", "--out-dir", str(wheels), external=True)
-    (wheel,) = wheels.glob("*.whl")
-    session.install(f"{wheel}[test]", "mlx-lm" if host == "newest" else f"mlx-lm=={host}", *packages)
+    session.install(f"{built(session)}[test]", "mlx-lm" if host == "newest" else f"mlx-lm=={host}", *packages)
     session.chdir("tests")  # away from the sources: the wheel is tested
     expression = ["-k", " and ".join(selection)] if selection else []
-    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not thorough", *files, *expression)
+    options = ["-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses=8", "--dist", "worksteal"]
+    session.run("python", "-m", "pytest", *options, "-m", "not thorough", *files, *expression)
 
 
 def without(host: str, limits: dict[str, str]) -> list[str]:

@@ -28,7 +28,7 @@ from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
 from .errors import FROM_ITS_MODEL, LARGEST, UNSUPPORTED, check_positive, config_error
-from .quantization.description import take_quantization
+from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ class ModelArgs(BaseModelArgs):
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tie = tied(params)
         text_config = normalize(params)
-        foreign = take_quantization(params)
+        foreign = foreign_quantization(params)
+        settle_quantization(params)
         return cls(
             params.get("model_type", "qwen3_vl_moe"),
             text_config,
@@ -257,20 +258,33 @@ def _transformers(config: dict[str, Any]) -> int | None:
 def _normalize_rope(text: dict[str, Any], version: int | None) -> None:
     """Settle ``rope_theta`` and ``rope_scaling``: plain RoPE or YaRN.
 
-    With text only, all three position axes of (interleaved) M-RoPE are equal, which is plain RoPE.
+    ``rope_scaling`` takes the place of ``rope_parameters``, of which nothing is left, as in transformers 5. With text
+    only, all three position axes of (interleaved) M-RoPE are equal, which is plain RoPE.
     """
-    scaling: dict[str, Any] = {}
-    thetas = [text["rope_theta"]] if text.get("rope_theta") is not None else []
-    for field in ("rope_parameters", "rope_scaling"):  # beside each other, transformers 4 and 5 take the latter
-        value = text.pop(field, None)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
+    older, newer = text.pop("rope_scaling", None), text.pop("rope_parameters", None)
+    for field, value in (("rope_scaling", older), ("rope_parameters", newer)):
+        if value is not None and not isinstance(value, dict):
             raise config_error(field, "an object", value)
-        value = {key: item for key, item in value.items() if item is not None}
-        if "rope_theta" in value:
-            thetas.append(value.pop("rope_theta"))
-        scaling |= value
+    text["rope_theta"] = _theta([text, older or {}, newer or {}], version)
+    rope = {field: value for field, value in (older or newer or {}).items() if value is not None}
+    rope.pop("rope_theta", None)
+    rope_type = rope.pop("type", "default")  # the older name of the next
+    rope_type = rope.pop("rope_type", rope_type)
+    if rope_type == "mrope":
+        rope_type = "default"
+    if rope_type not in ("default", "yarn"):
+        raise config_error("rope_type", '"default" or "yarn"', rope_type, UNSUPPORTED)
+    for where in (text, rope):
+        if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise config_error("partial_rotary_factor", "1.0", where["partial_rotary_factor"], UNSUPPORTED)
+    if rope_type == "yarn":
+        _normalize_yarn(rope, text)
+    text["rope_scaling"] = {**rope, "rope_type": rope_type}
+
+
+def _theta(places: list[dict[str, Any]], version: int | None) -> float:
+    """The one ``rope_theta``: it is the weights', whatever scales it, and so counts wherever it stands."""
+    thetas = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
     if not thetas and version is None:
         raise config_error("rope_theta", "a number (5000000 in official models)", None)
     thetas = thetas or [500000 if version and version >= 5 else 5000000]
@@ -278,28 +292,20 @@ def _normalize_rope(text: dict[str, Any], version: int | None) -> None:
         check_positive("rope_theta", theta)
     if len(set(thetas)) > 1:
         raise config_error("rope_theta", "one value in all fields that have it", thetas)
-    text["rope_theta"] = thetas[-1]
+    return thetas[0]
 
-    older = scaling.pop("type", "default")
-    rope_type = scaling.pop("rope_type", older)
-    if rope_type == "mrope":
-        rope_type = "default"
-    if rope_type not in ("default", "yarn"):
-        raise config_error("rope_type", '"default" or "yarn"', rope_type, UNSUPPORTED)
-    for where in (text, scaling):
-        if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            raise config_error("partial_rotary_factor", "1.0", where["partial_rotary_factor"], UNSUPPORTED)
-    if rope_type == "yarn":
-        scaling.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
-        if scaling.pop("truncate", True) is not True:
-            raise config_error("truncate of YaRN", "true", False, UNSUPPORTED)
-        # transformers uses the pair or neither; the host would fill in the other.
-        if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
-            scaling.pop("mscale", None)
-            scaling.pop("mscale_all_dim", None)
-        optional = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & scaling.keys()
-        for field in ("factor", "original_max_position_embeddings", *sorted(optional)):
-            check_positive(f"{field} of YaRN", scaling.get(field))
-        if text["rope_theta"] < 2:  # its logarithm is divided by
-            raise config_error("rope_theta", "at least 2 with YaRN", text["rope_theta"])
-    text["rope_scaling"] = {**scaling, "rope_type": rope_type}
+
+def _normalize_yarn(yarn: dict[str, Any], text: dict[str, Any]) -> None:
+    """Fill in and check the fields of YaRN, so that the host's means what transformers' does."""
+    yarn.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
+    if yarn.pop("truncate", True) is not True:
+        raise config_error("truncate of YaRN", "true", False, UNSUPPORTED)
+    # transformers uses the pair or neither; the host would fill in the other.
+    if not (yarn.get("mscale") and yarn.get("mscale_all_dim")):
+        yarn.pop("mscale", None)
+        yarn.pop("mscale_all_dim", None)
+    optional = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & yarn.keys()
+    for field in ("factor", "original_max_position_embeddings", *sorted(optional)):
+        check_positive(f"{field} of YaRN", yarn.get(field))
+    if text["rope_theta"] < 2:  # its logarithm is divided by
+        raise config_error("rope_theta", "at least 2 with YaRN", text["rope_theta"])

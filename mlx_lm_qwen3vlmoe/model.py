@@ -8,12 +8,9 @@ converted or fine-tuned with one loads in the other.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -23,23 +20,14 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import __version__
 from .config import ModelArgs
-from .errors import HostError
 from .layouts.names import as_stored
-from .runtime import backend, lazy, parallel
+from .runtime import backend, host, lazy, parallel
 from .sanitize import check_complete, check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
 __all__ = ["Model", "ModelArgs"]  # what the entry point promises
 ModelArgs.__module__ = __name__  # where programs that look at classes find it in mlx-lm's own models
-
-
-def _host_error(what: str) -> HostError:
-    return HostError(
-        f"mlx-lm {version('mlx-lm')} is not what mlx-lm-qwen3vlmoe {__version__} was made for: {what}. "
-        "Update mlx-lm-qwen3vlmoe, or install an older mlx-lm."
-    )
 
 
 class Pipeline:
@@ -71,10 +59,7 @@ class Pipeline:
         first = decoder.pipeline_rank == decoder.pipeline_size - 1
         self.widens = anywhere and not (wide and first)  # the first stage computes as one machine would
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
-        return Pipeline(copy.deepcopy(self.decoder(), memo), self.widens)
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # by which it is copied, too
         return Pipeline, (self.decoder(), self.widens)
 
 
@@ -86,9 +71,7 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         text = args.text_config
-        for name, parameter in inspect.signature(qwen3_moe.ModelArgs).parameters.items():
-            if parameter.default is parameter.empty and name not in text:
-                raise _host_error(f"its qwen3_moe needs the field {name}, which no Qwen3-VL-MoE config has")
+        host.check_fields(text)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
         if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
             rope = initialize_rope(
@@ -98,33 +81,25 @@ class Model(nn.Module):
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
         backend.adapt(self.language_model)
-        lazy.Turns().take(self.language_model)
-        if hasattr(self.model, "pipeline"):
+        lazy.quantize_in_turn(self.language_model)
+        if host.PIPELINE:
             self.model.pipeline = Pipeline(self.model)
 
-    if "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters:
+    @host.only_with_embeddings
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place.
 
-        def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-            """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``, or of embeddings in their place.
-
-            They are float32 where the model computes in it: see `backend.widens`.
-            """
-            decoder: Any = self.model
-            if input_embeddings is None:
-                self._refuse_images(inputs, cache)
-            if backend.widens(decoder) or getattr(getattr(decoder, "pipeline", None), "widens", False):
-                h = decoder.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-                input_embeddings = h.astype(mx.float32)  # and so is all that follows
-            return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
-
-    else:
-
-        def __call__(self, inputs: mx.array, cache: Any = None, **others: Any) -> mx.array:  # type: ignore[misc]
-            """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``."""
-            if others:
-                raise TypeError(f"{', '.join(others)}: input_embeddings needs mlx-lm 0.28.3 or newer")
+        They are float32 where the model computes in it: see `backend.widens`.
+        """
+        decoder: Any = self.model
+        if input_embeddings is None:
             self._refuse_images(inputs, cache)
-            return self.language_model(inputs, cache=cache)
+        wide = backend.widens(decoder) or getattr(getattr(decoder, "pipeline", None), "widens", False)
+        if wide and host.EMBEDDINGS:
+            h = decoder.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+            input_embeddings = h.astype(mx.float32)  # and so is all that follows
+        embeddings = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
+        return self.language_model(inputs, cache=cache, **embeddings)
 
     def train(self, mode: bool = True) -> Model:
         """As the host's; in training, the float32 copies of evaluation would lie beside those of each step."""
@@ -160,25 +135,17 @@ class Model(nn.Module):
             raise ValueError(message)
         logger.error(message)
 
-    if hasattr(qwen3_moe.Model, "shard"):
+    @host.only_with_shard
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Keep this rank's part of every layer, for tensor parallelism, by the host's own implementation.
 
-        def shard(self, group: mx.distributed.Group | None = None) -> None:
-            """Keep this rank's part of every layer, for tensor parallelism, by the host's own implementation.
-
-            Raises `CheckpointError`, on every rank, where the ranks do not divide what is cut.
-            """
-            group = group or mx.distributed.init()
-            parallel.check(group.size(), "tensor", parallel.pieces(self.args.text_config, self.named_modules()))
-            parallel.cut(self.language_model, group)
-            for layer in self.layers:  # so that only one layer's tensors are in memory whole
-                mx.eval(layer.parameters())
-
-    else:
-
-        def __getattr__(self, name: str) -> Any:
-            if name == "shard":
-                raise AttributeError("shard: tensor parallelism needs mlx-lm 0.32.0 or newer")
-            return super().__getattr__(name)
+        Raises `CheckpointError`, on every rank, where the ranks do not divide what is cut.
+        """
+        group = group or mx.distributed.init()
+        parallel.check(group.size(), "tensor", parallel.pieces(self.args.text_config, self.named_modules()))
+        parallel.cut(self.language_model, group)
+        for layer in self.layers:  # so that only one layer's tensors are in memory whole
+            mx.eval(layer.parameters())
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
@@ -186,7 +153,7 @@ class Model(nn.Module):
         modules = {path for path, _ in self.named_modules()}
         for name in found:
             if (path := name.rpartition(".")[0]) not in modules:
-                raise _host_error(f"its qwen3_moe has no {path}")
+                raise host.unfit(f"its qwen3_moe has no {path}")
         shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
         with as_stored(weights):
             check_shapes(found, shapes, self.args.config.get("quantization") or {})

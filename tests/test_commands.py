@@ -20,6 +20,7 @@ from support.commands import (
     mlx_lm,
     run,
     serving,
+    write_chats,
 )
 
 
@@ -43,21 +44,11 @@ def quantized(work) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def adapters(work, tiny_questions) -> Path:
+def adapters(work) -> Path:
     """LoRA adapters trained on a made-up answer."""
-    data = work / "data"
-    data.mkdir()
-    chats = [
-        {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "A plug-in."}]},
-        *(
-            {"messages": [{"role": "user", "content": p["question"]}, {"role": "assistant", "content": p["answer"]}]}
-            for p in tiny_questions[:3]
-        ),
-    ]
-    for name in ("train", "valid"):
-        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    write_chats(work / "data", [{"question": "Say it.", "answer": "A plug-in."}])
     path = work / "adapters"
-    train(TINY, data, path, iterations=40)
+    train(TINY, work / "data", path, iterations=30)
     return path
 
 
@@ -67,8 +58,8 @@ def train(model: Path, data: Path, adapters: Path, iterations: int) -> None:
     # mlx-lm 0.28.2 cannot train adapters of experts, of any model.
     settings.write_text(json.dumps({"lora_parameters": attention} if HOST < (0, 28, 3) else {}))
     mlx_lm(
-        *("lora", "--train", "--model", model, "--data", data, "--adapter-path", adapters, "--batch-size", 4),
-        *("--config", settings, "--iters", iterations, "--learning-rate", 2e-4, "--num-layers", 4, "--val-batches", 1),
+        *("lora", "--train", "--model", model, "--data", data, "--adapter-path", adapters, "--batch-size", 1),
+        *("--config", settings, "--iters", iterations, "--learning-rate", 3e-4, "--num-layers", 4, "--val-batches", 1),
     )
 
 

@@ -15,6 +15,7 @@ from support import FIXTURES
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 from mlx_lm_qwen3vlmoe.config import normalize
+from mlx_lm_qwen3vlmoe.quantization.description import foreign_quantization, own_quantization, settle_quantization
 
 # The official 30B config as published: tie_word_embeddings at the top level only.
 OFFICIAL = {
@@ -125,6 +126,86 @@ def test_a_stray_rope_at_the_top_level_is_not_believed():
     assert text["rope_theta"] == 5000000
 
 
+YARN = {"factor": 3.0, "original_max_position_embeddings": 262144}
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "scaling"),
+    [
+        pytest.param({"rope_scaling": {"type": "yarn", **YARN}}, 5000000, {"rope_type": "yarn", **YARN}, id="type"),
+        pytest.param(
+            {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"type": "yarn", "rope_theta": 7, **YARN}},
+            *(7, {"rope_type": "yarn", **YARN}),
+            id="type in rope_parameters",
+        ),
+        pytest.param(
+            {"rope_parameters": NEWER_ROPE, "rope_scaling": {"type": "yarn", **YARN}},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="type beside rope_type of the other field",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", "attention_factor": 2.0, **YARN}, "rope_scaling": YARN},
+            *(5000000, {"rope_type": "default", **YARN}),
+            id="no type beside yarn in the other field",
+        ),
+        pytest.param(
+            {
+                "rope_parameters": {"rope_type": "yarn", "attention_factor": 2.0, "partial_rotary_factor": 0.5, **YARN},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            },
+            *(5000000, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+            id="yarn in both",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": {}},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="an empty rope_scaling",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": None},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="no rope_scaling",
+        ),
+        pytest.param(
+            {"rope_theta": ..., "rope_scaling": {"rope_type": "yarn", "rope_theta": 7, **YARN}},
+            *(7, {"rope_type": "yarn", **YARN}),
+            id="theta in rope_scaling",
+        ),
+        pytest.param(
+            {"rope_scaling": {"type": "default", "rope_type": "yarn", **YARN}},
+            *(5000000, {"rope_type": "yarn", **YARN}),
+            id="both names of the type",
+        ),
+        pytest.param({"rope_scaling": {"type": "mrope"}}, 5000000, {"rope_type": "default"}, id="mrope"),
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_rope_scaling_takes_the_place_of_rope_parameters(fields, theta, scaling, nested):
+    """As `Qwen3VLMoeConfig` of transformers 5.24.0 read all of these but ``mrope``, a type of Qwen2-VL's."""
+    config = official(**fields)
+    if not nested:
+        config |= config.pop("text_config") | {"model_type": "qwen3_vl_moe"}
+    text = normalize(config)
+    assert (text["rope_theta"], text["rope_scaling"]) == (theta, scaling)
+    assert "rope_parameters" not in text
+
+
+def test_theta_stays_where_rope_scaling_takes_the_place_of_the_field_that_has_it():
+    """transformers 5.24.0 falls back to a theta of 500000 there, for which no weights were trained."""
+    fields = {"rope_parameters": NEWER_ROPE, "rope_scaling": {"rope_type": "yarn", **YARN}}
+    text = normalize(official(rope_theta=..., **fields) | {"transformers_version": "5.24.0"})
+    assert text["rope_theta"] == 5000000
+
+
+@pytest.mark.parametrize("text", [{}, {"rope_theta": ..., "rope_scaling": ...}])
+def test_rope_at_the_top_level_is_not_that_of_the_text_config(text):
+    """Not even where the text config has none: then the theta is the writer's default."""
+    stray = {"rope_theta": 7, "rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_theta": 8}}
+    found = normalize(official(**text) | stray)
+    assert found["rope_theta"] == 5000000
+    assert found["rope_scaling"]["rope_type"] == "default"
+
+
 def test_text_fields_at_the_top_level_are_gathered():
     nested = official()
     flat = {name: value for name, value in nested.items() if name != "text_config"} | nested["text_config"]
@@ -200,6 +281,34 @@ def test_yarn_without_an_original_length_takes_the_context_length_as_transformer
     missing = yarn()
     del missing["original_max_position_embeddings"]
     assert mx.array_equal(tiny(missing).layers[0].self_attn.rope._freqs, given._freqs)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
+MLX = {"bits": 4, "group_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "foreign", "own"),
+    [
+        ({}, None, None),
+        ({"quantization_config": AWQ}, AWQ, None),
+        ({"text_config": {"compression_config": AWQ}}, AWQ, None),
+        ({"quantization": MLX, "quantization_config": MLX}, None, MLX),
+        ({"quantization_config": MLX}, None, MLX),
+        ({"quantization": MLX, "text_config": {"quantization_config": AWQ}}, None, MLX),  # of before a conversion
+        ({"quantization_config": {"quant_method": "auto-round", "packing_format": "mlx", **MLX}}, None, MLX),
+    ],
+)
+def test_quantization_is_another_tools_or_mlxs_wherever_it_stands(config, foreign, own):
+    """To ask changes nothing; what is settled is all that the host looks at."""
+    before = copy.deepcopy(config)
+    assert (foreign_quantization(config), own_quantization(config)) == (foreign, own)
+    assert config == before
+    settle_quantization(config)
+    assert (config.get("quantization"), own_quantization(config)) == (own, own)
+    for home in (config, config.get("text_config", {})):
+        for field in ("quantization_config", "compression_config"):
+            assert home.get(field) in (None, MLX)
 
 
 def test_importing_the_package_imports_neither_mlx_nor_the_host():

@@ -61,6 +61,7 @@ def test_the_235b_shape_is_planned_from_headers_alone(tmp_path):
     assert inspect(str(tmp_path), bits=4)["weights_bytes"] == pytest.approx(235.09e9 * 4.5 / 8, rel=0.002)
 
 
+@pytest.mark.thorough
 def test_a_235b_checkpoint_in_fp8_with_an_expert_a_tensor_is_planned_too(tmp_path):
     write_config(tmp_path, BIG, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     write(tmp_path, fp8(tensors(BIG, per_expert=True)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -61,6 +63,30 @@ def test_loading_packed_layers_takes_little_more_than_what_stays(layout, tmp_pat
     assert "scales" in model.layers[0].mlp.switch_mlp.up_proj
     share = (mx.get_peak_memory() - before) / stays
     assert share < 1.15
+
+
+def depth(array: mx.array, file: Path) -> int:
+    """The steps from the tensors of a file to an array, on the longest path."""
+    mx.export_to_dot(str(file), array)
+    inputs: dict[str, list[str]] = {}
+    for source, target in re.findall(r'"?(\w+)"? -> "?(\w+)"?', file.read_text()):
+        inputs.setdefault(target, []).append(source)
+    steps: dict[str, int] = {}
+    while missing := [node for node in inputs if node not in steps]:
+        for node in missing:
+            if all(source in steps or source not in inputs for source in inputs[node]):
+                steps[node] = 1 + max(steps.get(source, 0) for source in inputs[node])
+    return max(steps.values(), default=0) // 2  # arrays alternate with what makes them
+
+
+@pytest.mark.parametrize("name", sorted(file.parent.name for file in QUANTIZED.glob("*/golden.safetensors")))
+def test_turns_are_further_apart_than_a_weight_is_from_its_file(name, tmp_path, monkeypatch):
+    """Or else the next is decoded beside it. In as many pieces as there are experts."""
+    monkeypatch.setattr(lazy, "_PIECE", 1)
+    model, _ = load_model(QUANTIZED / name, lazy=True)
+    for path, module in quantized_ones(model).items():
+        if not hasattr(module, "bits"):
+            assert depth(module.weight, tmp_path / "graph.dot") < lazy.longest_path(module.weight), path
 
 
 def test_the_layers_of_the_end_are_converted_without_those_before(tmp_path):

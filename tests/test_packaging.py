@@ -267,6 +267,7 @@ def test_a_tree_that_was_used_builds_the_same_wheel(wheel, tmp_path):
     assert build("wheel", tmp_path / "built", used).read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.thorough
 def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
     with tarfile.open(build("sdist", tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -197,9 +198,12 @@ def test_the_recipe_of_the_docs_makes_a_checkpoint_that_commands_run_on(both, tm
     recipe = documented(after="## A tiny random checkpoint")
     (tmp_path / "make_tiny.py").write_text(recipe)
     commands = documented(after=recipe)
-    for name in ("generate", "convert"):  # this environment has no commands of mlx-lm's
-        commands = commands.replace(f"mlx_lm.{name}", f"python -m mlx_lm {name}")
-    shown = run("bash", "-ec", commands, cwd=tmp_path, env={"PATH": f"{both.bin}:/usr/bin:/bin"}).stdout
+    shown = ""
+    for words in map(shlex.split, commands.splitlines()):
+        if words[0].startswith("mlx_lm."):  # this environment has no commands of mlx-lm's
+            words[:1] = "python", "-m", "mlx_lm", words[0].removeprefix("mlx_lm.")
+        assert words[0] == "python"
+        shown += run(both.python, *words[1:], cwd=tmp_path).stdout
     assert len(re.findall(r"Generation: \d tokens", shown)) == 2
     config = json.loads((tmp_path / "tiny-random-4bit" / "config.json").read_text())
     assert (config["model_type"], config["quantization"]["bits"]) == ("example_llama", 4)

@@ -69,7 +69,7 @@ def test_there_are_originals_of_every_layout():
 )  # bytes: an expert or a row, some, a whole tensor
 @pytest.mark.parametrize("name", FLOAT)
 def test_text_that_was_not_changed_comes_back_bit_for_bit(name, at_once, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_lm_qwen3vlmoe.files.stored._AT_ONCE", at_once)
+    monkeypatch.setattr("mlx_lm_qwen3vlmoe.files.tensors._AT_ONCE", at_once)
     restore(str(converted(FIXTURES / name, tmp_path / "tuned")), str(FIXTURES / name), str(tmp_path / "out"))
     assert files(tmp_path / "out") == files(FIXTURES / name)
 

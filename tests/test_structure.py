@@ -12,8 +12,8 @@ from support import ROOT
 PACKAGE = ROOT / "mlx_lm_qwen3vlmoe"
 FLOORS = (  # from the ground: a folder, or a module of the root, imports from the floors below its own alone
     ("__init__", "errors", "registry"),
-    ("discovery", "runtime"),
-    ("quantization",),
+    ("runtime",),
+    ("discovery", "quantization"),
     ("config",),
     ("layouts",),
     ("files", "sanitize"),

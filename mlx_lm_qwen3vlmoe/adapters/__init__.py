@@ -1,7 +1,7 @@
 """LoRA and DoRA of PEFT → those of ``mlx_lm``, and the reverse, with the same merged weights.
 
-Data flows from files to a form of its own (`lora.Adapter`), and from there to files: `peft` and `mlx` know one format
-each.
+Data flows from files to a form of its own (`lora.Adapter`), and from there to files: `mlx` knows one format, `peft` and
+`peft_writing` the other.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError, series
-from ..files.writing import whole
-from . import mlx, peft
+from ..files.writing import new_folder
+from . import mlx, peft, peft_writing
 from .base import Base
 from .files import CONFIG, as_in_file, read_config, write
 from .lora import check, layer_order
@@ -40,11 +40,11 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
     with as_in_file(found.names):
         check(found, base.shapes("--model" if model else None))
     done = f"{'DoRA' if found.dora else 'LoRA'} of {len(found.modules)} modules"
-    with whole(Path(save_path), 0) as stage:
+    with new_folder(Path(save_path), 0) as stage:
         if from_peft:
             write(stage, mlx.FILE, *mlx.write(found))
         else:
-            write(stage, peft.FILE, *peft.write(found, mlx.read(folder)))
+            write(stage, peft.FILE, *peft_writing.write(found, mlx.read(folder)))
     return f"{save_path}: {done}, for {'mlx_lm' if from_peft else 'PEFT'}"
 
 

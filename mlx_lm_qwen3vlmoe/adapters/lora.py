@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..config import axes
 from ..errors import CheckpointError
-from ..layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER
+from ..layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, host_name
 from .files import broken
 
 _LAYER = rf"{re.escape(MODEL_PREFIX)}layers\.{NUMBER}"
@@ -105,6 +105,15 @@ def stack(path: str, experts: list[Lora | None]) -> Lora:
             where = path.replace("switch_mlp", f"experts.{number}")
             raise broken(where, f"{others}, as in the other experts", shapes)
     return Lora(mx.stack([lora.a for lora in found]), mx.stack([lora.b for lora in found]), scale, first.magnitude)
+
+
+def host_path(module: str) -> str | None:
+    """The path of a module in the host's model: None for one of vision, and empty for what no such model has."""
+    try:
+        name = host_name(f"{module}.weight")
+    except CheckpointError:
+        return ""
+    return name and name.removesuffix(".weight")
 
 
 def is_expert(path: str) -> bool:

@@ -23,10 +23,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, series
-from ..layouts.names import host_name
 from .fields import CORRECT, Fields
 from .files import as_in_file, broken, read_config, read_tensors
-from .lora import Adapter, Lora, in_common, is_expert
+from .lora import Adapter, Lora, host_path, in_common, is_expert
 
 FILE = "adapters.safetensors"
 _TENSOR = re.compile(r"(.+)\.(lora_a|lora_b|m)")
@@ -56,14 +55,11 @@ def _by_module(tensors: dict[str, mx.array], names: dict[str, str]) -> dict[str,
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
         match = _TENSOR.fullmatch(name)
-        try:
-            path = host_name(f"{match[1]}.weight") if match else None
-        except CheckpointError:
-            path = None
-        if match is None or path is None:
+        path = host_path(match[1]) if match else None
+        if match is None or not path:
             remedy = "Is the adapter of another model type, or of full training?"
             raise CheckpointError(name, "lora_a, lora_b or m of a layer", "another tensor", remedy)
-        module = modules.setdefault(path := path.removesuffix(".weight"), {})
+        module = modules.setdefault(path, {})
         if match[2] in module:
             where = f"{names[path]}.{match[2]}", name
             raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")

@@ -1,4 +1,4 @@
-"""LoRA of PEFT: ``adapter_model.safetensors`` and an ``adapter_config.json`` of its own.
+"""LoRA of PEFT, read: ``adapter_model.safetensors`` and an ``adapter_config.json`` of its own.
 
 | tensors                                                  | of                                                       |
 |----------------------------------------------------------|----------------------------------------------------------|
@@ -17,26 +17,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import CheckpointError, series, shown
-from ..layouts.names import EMBEDDINGS, NUMBER, host_name, module_name
+from ..layouts.names import EMBEDDINGS, NUMBER
 from ..layouts.stacking import PROJECTIONS
 from . import fused
 from .base import Base
 from .files import as_in_file, broken, read_tensors
 from .fused import DOWN, GATE_UP, Pair
-from .lora import MERGE, Adapter, Lora, check_shapes, is_expert, sizes, stack, unlike_base
-from .peft_config import PeftConfig, write_config
+from .lora import MERGE, Adapter, Lora, check_shapes, host_path, sizes, stack, unlike_base
+from .peft_config import PeftConfig
 
 logger = logging.getLogger(__name__)
 
 FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)((?:\.[^.]+)*)")
 _COPY = re.compile(r"(?:.+\.)?(?:embed_tokens|lm_head)\.base_layer\.weight")
 _SINGLE = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down)_proj)")
@@ -62,7 +62,9 @@ class Module(NamedTuple):
 def read(folder: Path, base: Base) -> Adapter:
     """Read an adapter that PEFT, or a trainer that builds on it, saved; raises `CheckpointError`."""
     config = PeftConfig(folder)
-    modules = _by_module(read_tensors(folder / FILE))
+    tensors = read_tensors(folder / FILE)
+    modules = _by_module(tensors)
+    _announce_left_out(tensors)
     adapter = Adapter(dropout=config.dropout, base=base.name)
     adapter.names = _names(modules)
     with as_in_file(adapter.names):
@@ -94,62 +96,72 @@ def _fill(adapter: Adapter, modules: dict[str, Module], config: PeftConfig, base
     if layers := _parameters(modules, config):
         over_in = fused.over_inputs(layers, known.get("hidden_size"), base.hidden_size)
         blocks = _in_blocks(config)
-        spare = _parameters(_by_module(read_tensors(folder / FILE), quiet=True), config)
+        # Read again, to look at values: what is looked at stays in memory for as long as its array does.
+        probes = _parameters(_by_module(read_tensors(folder / FILE)), config)
         for mlp, pairs in layers.items():
-            looked_at = spare.pop(mlp)  # evaluated, and let go
+            probe = probes.pop(mlp)
             for name, pair in pairs.items():
-                in_two = name == GATE_UP and fused.is_in_two(looked_at[name], over_in, blocks)
+                in_two = name == GATE_UP and fused.is_in_two(probe[name], over_in, blocks)
                 adapter.modules |= fused.separate(mlp, name, pair, over_in, blocks, in_two)
 
 
-def _by_module(tensors: dict[str, mx.array], quiet: bool = False) -> dict[str, Module]:
-    """The modules by their paths in the host's model, without those of vision."""
+def _by_module(tensors: dict[str, mx.array]) -> dict[str, Module]:
+    """The modules of the one adapter in a file, by their paths in the host's model."""
     modules: dict[str, Module] = {}
-    names, vision, copies = set(), set(), []
+    adapters = set()
     for tensor, array in tensors.items():
-        match = _TENSOR.fullmatch(tensor)
-        name = match[1] if match else tensor
-        while name.startswith(_PREFIX):
-            name = name.removeprefix(_PREFIX)
-        try:
-            path = host_name(f"{name}.weight")
-        except CheckpointError:
-            path = ""
-        if path is None:
-            vision.add(name)
+        name = _module_of(tensor)
+        path = host_path(name)
+        if path is None or _COPY.fullmatch(name):
             continue
-        if _COPY.fullmatch(name):
-            copies.append(tensor)
-            continue
-        rest = match[3].removesuffix(".weight") if match else ""
-        if not match or not path or rest.count(".") > 1 or rest.endswith(".bias"):
-            expected = "lora_A, lora_B or lora_magnitude_vector of a Qwen3-VL-MoE model"
-            raise CheckpointError(tensor, expected, "a tensor that no adapter of mlx_lm can hold", MERGE)
-        names.add(rest)
-        if len(names) > 1:
-            found = f"two, {series(sorted(shown(each[1:]) for each in names), 'and')}"
-            raise CheckpointError(tensor, "one adapter in the file", found, "Save one of them with PEFT.")
-        new = Module(match[1], name.removesuffix(".base_layer"), {})
-        module = modules.setdefault(path.removesuffix(".weight"), new)
-        if match[2] in module.parts:
-            where = f"{module.stored}.lora_{match[2]}{match[3]}", tensor
+        part, adapter = _part_of(tensor, path)
+        adapters.add(adapter)
+        if len(adapters) > 1:
+            found = series([each.strip(".") or "one without a name" for each in sorted(adapters)], "and")
+            raise CheckpointError(tensor, "one adapter in the file", f"two, {found}", "Save one of them with PEFT.")
+        stored = tensor.partition(".lora_")[0]
+        module = modules.setdefault(path, Module(stored, name.removesuffix(".base_layer"), {}))
+        if part in module.parts:
+            where = f"{module.stored}{tensor.removeprefix(stored)}", tensor
             raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")
-        module.parts[match[2]] = array
-    if not quiet and vision:
-        logger.warning("Left out: the adapters of %d vision layers, which a text model has no use for.", len(vision))
-    if not quiet and copies:
-        logger.warning("Left out: %s, which PEFT copies from the base model.", ", ".join(copies))
+        module.parts[part] = array
     return modules
+
+
+def _module_of(tensor: str) -> str:
+    """The name of the module that a tensor is of, in the model that was trained."""
+    match = _TENSOR.fullmatch(tensor)
+    name = match[1] if match else tensor
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
+    return name
+
+
+def _part_of(tensor: str, path: str) -> tuple[str, str]:
+    """Which part of its module a tensor is, and the name of its adapter, which may be empty."""
+    match = _TENSOR.fullmatch(tensor)
+    adapter = match[3].removesuffix(".weight") if match else ""
+    if not match or not path or adapter.count(".") > 1 or adapter.endswith(".bias"):
+        expected = "lora_A, lora_B or lora_magnitude_vector of a Qwen3-VL-MoE model"
+        raise CheckpointError(tensor, expected, "a tensor that no adapter of mlx_lm can hold", MERGE)
+    return match[2], adapter
+
+
+def _announce_left_out(tensors: dict[str, mx.array]) -> None:
+    names = {tensor: _module_of(tensor) for tensor in tensors}
+    if vision := {name for name in names.values() if host_path(name) is None}:
+        logger.warning("Left out: the adapters of %d vision layers, which a text model has no use for.", len(vision))
+    if copies := [tensor for tensor, name in names.items() if name not in vision and _COPY.fullmatch(name)]:
+        logger.warning("Left out: %s, which PEFT copies from the base model.", ", ".join(copies))
 
 
 def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     """The change of a module that has a weight of its own."""
-    parts = dict(module.parts)
+    parts = module.parts
     kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A", "B")
     expected = {*kinds, *(["magnitude_vector"] if config.dora else [])}
     if parts.keys() != expected:
-        wanted, found = (series([f"lora_{kind}" for kind in sorted(kinds)], "and") for kinds in (expected, parts))
-        raise broken(module.stored, wanted, found)
+        raise broken(module.stored, _listed(expected), _listed(parts))
     parameter = f"{module.name}.weight"
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
@@ -160,6 +172,10 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     if not _SINGLE.fullmatch(path):
         check_shapes(path, lora)
     return lora
+
+
+def _listed(kinds: Iterable[str]) -> str:
+    return " and ".join(f"lora_{kind}" for kind in sorted(kinds))
 
 
 def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) -> dict[str, Lora]:
@@ -199,11 +215,9 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
             targets = "as many adapters of experts as target_parameters names gate_up_proj and down_proj"
             raise broken(module.stored, targets, f"target_parameters {shown(config.parameters)}")
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
-        parts = module.parts
-        if parts.keys() != {"A", "B"}:
-            found = series([f"lora_{kind}" for kind in sorted(parts)], "and")
-            raise broken(module.stored, f"lora_A and lora_B of {name}", found)
-        a, b = parts["A"], parts["B"]
+        if module.parts.keys() != {"A", "B"}:
+            raise broken(module.stored, f"lora_A and lora_B of {name}", _listed(module.parts))
+        a, b = module.parts["A"], module.parts["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
             shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name}, by r and rank_pattern"
             raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
@@ -218,84 +232,3 @@ def _in_blocks(config: PeftConfig) -> bool:
             'trained them from February to September 2026, add "lora_B_layout": "grouped_by_expert" and convert again.'
         )
     return bool(blocks)
-
-
-def write(adapter: Adapter, spare: Adapter) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The tensors and the config of an adapter, for the PEFT and the transformers of today: fused experts.
-
-    Args:
-        adapter: is left without its modules.
-        spare: another with the same values, of which arrays are evaluated, and let go.
-    """
-    experts: dict[str, dict[str, Lora]] = {}
-    changes: dict[str, Lora] = {}  # name of a module or parameter → its change
-    tensors: dict[str, mx.array] = {}
-    modules, parameters = [], []
-    for path, lora in adapter.modules.items():
-        if is_expert(path):
-            mlp, _, projection = path.partition(".switch_mlp.")
-            experts.setdefault(mlp, {})[projection] = lora
-            continue
-        lora, name = lora.cut(spare.modules.pop(path).used_rank()), module_name(path)
-        kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A.weight", "B.weight")
-        tensors |= {f"{_PREFIX}{name}.lora_{kind}": part for kind, part in zip(kinds, (lora.a, lora.b), strict=True)}
-        if lora.magnitude is not None:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = lora.magnitude
-        if path.endswith(".mlp.gate") and not adapter.dora:
-            name = f"{name}.weight"
-            parameters.append(name)
-        else:
-            modules.append(name)
-        changes[name] = lora
-    for mlp, projections in experts.items():
-        name = f"{module_name(mlp)}.experts"
-        joined = _joined(projections, {p: spare.modules.pop(f"{mlp}.switch_mlp.{p}") for p in projections})
-        for parameter, lora in joined.items():
-            wrapped = ".base_layer" if len(joined) == 2 and parameter == GATE_UP else ""
-            parameters.append(f"{name}.{parameter}")
-            changes[f"{name}.{parameter}"] = lora
-            a, b = fused.flat(lora)
-            tensors |= {f"{_PREFIX}{name}{wrapped}.lora_A.weight": a, f"{_PREFIX}{name}{wrapped}.lora_B.weight": b}
-    adapter.modules.clear()
-    dora = any(lora.magnitude is not None for lora in changes.values())
-    if dora and any(name.endswith(".mlp.gate") for name in modules):
-        logger.warning("transformers 5 has no DoRA of the router (mlp.gate): load this adapter with transformers 4.57.")
-    return tensors, write_config(
-        adapter.base,
-        0.0 if parameters else adapter.dropout,  # which PEFT has for modules only
-        dora,
-        **_ranks_and_alphas(changes),
-        target_modules=modules,
-        target_parameters=parameters or None,
-    )
-
-
-def _joined(projections: dict[str, Lora], spare: dict[str, Lora]) -> dict[str, Lora]:
-    """``gate_up_proj``, ``down_proj`` or both, of a layer's projections."""
-    joined: dict[str, Lora] = {}
-    if halves := [name for name in ("gate_proj", "up_proj") if name in projections]:
-        rank = max(spare[name].used_rank() for name in halves)
-        gate, up = (projections[name].cut(rank) if name in projections else None for name in ("gate_proj", "up_proj"))
-        shared = len(halves) == 2 and bool(mx.array_equal(spare["gate_proj"].a, spare["up_proj"].a).item())
-        joined[GATE_UP] = fused.join(gate, up, shared)
-    if DOWN in projections:
-        joined[DOWN] = projections[DOWN].cut(spare[DOWN].used_rank())
-    return joined
-
-
-def _ranks_and_alphas(changes: dict[str, Lora]) -> dict[str, Any]:
-    """``r`` and ``lora_alpha``, which most have, and those of the others by their names."""
-    ranks = {name: lora.rank for name, lora in changes.items()}
-    alphas = {name: lora.scale * lora.rank for name, lora in changes.items()}
-    ((rank, _),) = Counter(ranks.values()).most_common(1)
-    ((alpha, _),) = Counter(alphas.values()).most_common(1)
-    return {
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "rank_pattern": {re.escape(name): other for name, other in ranks.items() if other != rank},
-        "alpha_pattern": {re.escape(name): _plain(other) for name, other in alphas.items() if other != alpha},
-    }
-
-
-def _plain(number: float) -> float:
-    return int(number) if number.is_integer() else number

@@ -5,7 +5,6 @@ Importing this package installs no finder, so the one on ``sys.meta_path`` now i
 
 from __future__ import annotations
 
-import inspect
 import os
 import platform
 import shutil
@@ -22,6 +21,9 @@ from .claims import MODEL_TYPES, NAME, PACKAGE, own_module
 _SUFFIXES = (".start", ".pth") if sys.version_info >= (3, 15) else (".pth",)  # of start-up files, see PEP 829
 _FOLDER = Path(__file__).parents[1]  # of the package
 _PIP = f"{sys.executable} -m pip install"
+_RUN = f"{sys.executable} -m {PACKAGE} run generate ..."
+
+Verdict = tuple[str, str] | None  # a reason why not, and a remedy
 
 
 def diagnose(model_type: str = "qwen3_vl_moe") -> dict[str, Any]:
@@ -82,10 +84,10 @@ def _backend() -> str:
 
 def _host(model_type: str) -> dict[str, Any]:
     """What mlx-lm has: the type itself, the module it takes it for, and what this package's model passes on."""
-    moe = import_module(f"{registry.GROUP}.qwen3_moe")
+    from ..runtime import host
+
     remapped = getattr(import_module("mlx_lm.utils"), "MODEL_REMAPPING", {}).get(model_type, model_type)
-    can = {"shard": hasattr(moe.Model, "shard"), "pipeline": hasattr(getattr(moe, "Qwen3MoeModel", None), "pipeline")}
-    can["input_embeddings"] = "input_embeddings" in inspect.signature(moe.Model.__call__).parameters
+    can = {"shard": host.SHARD, "pipeline": host.PIPELINE, "input_embeddings": host.EMBEDDINGS}
     return {"module": remapped, "own_type": own_module(model_type) is not None, **can}
 
 
@@ -129,52 +131,81 @@ def _command() -> dict[str, str] | None:
     return {"path": path, "python": python} if path and Path(python).name.startswith("python") else None
 
 
-def _verdict(report: dict[str, Any]) -> tuple[str, str] | None:
-    """Why the plug-in is not in use, the first reason that counts, and what to do; None if it is."""
-    name, hook, winner, error, command, host, setting, skipped = (
-        report[key] for key in ("type", "hook", "winner", "error", "command", "host", "variable", "skipped")
-    )
-    claims = [plugin for plugin in report["plugins"] if plugin["model_type"] == name]
-    own = NAME if name in MODEL_TYPES else None
-    plugin = next((each for each in claims if each["distribution"] == own), claims[0] if claims else None)
-    run = f"{sys.executable} -m {PACKAGE} run generate ..."
-    if registry.EVERYTHING in skipped:
-        return f"mlx-lm's own models serve, as {skipped[registry.EVERYTHING]}", "repair what fails there"
-    if host is None:
-        return _broken(name, error) if "PluginError" in error else _no_host(error)
-    if own and not report["installed"]:
-        home = _FOLDER.parent
-        what = f"-e {home}" if (home / "pyproject.toml").exists() else NAME
-        return f"{NAME} is not installed: {home} is on sys.path, and no more than that", f"{_PIP} {what}, or {run}"
-    if plugin is None and own:
-        what = f"{NAME} {report['installed']}, as it is installed, does not claim {name}, which {__version__} would"
+def _verdict(report: dict[str, Any]) -> Verdict:
+    """Why the plug-in is not in use, the first reason that counts; None if it is."""
+    claims = [plugin for plugin in report["plugins"] if plugin["model_type"] == report["type"]]
+    plugin = min(claims, key=lambda each: each["distribution"] != NAME, default=None)  # this package's goes first
+    missing = _host_is_missing(report) or _package_is_missing(report, plugin is not None)
+    if missing or plugin is None:
+        return missing or _unclaimed(report)
+    return _out_of_reach(report, plugin) or _outdone(report, plugin) or _command_is_elsewhere(report, plugin)
+
+
+def _host_is_missing(report: dict[str, Any]) -> Verdict:
+    if everything := report["skipped"].get(registry.EVERYTHING):
+        return f"mlx-lm's own models serve, as {everything}", "repair what fails there"
+    if report["host"] is None:
+        error = report["error"]
+        return _broken(report["type"], error) if "PluginError" in error else _no_host(error)
+    return None
+
+
+def _package_is_missing(report: dict[str, Any], claimed: bool) -> Verdict:
+    """Whether the metadata that make this package's types known are not there, or are those of another version."""
+    name, installed = report["type"], report["installed"]
+    if name not in MODEL_TYPES or (installed and claimed):
+        return None
+    if installed:
+        what = f"{NAME} {installed}, as it is installed, does not claim {name}, which {__version__} would"
         return what, f"{_PIP} --force-reinstall --no-deps {NAME}"
-    if plugin is None and not host["own_type"]:
+    home = _FOLDER.parent
+    what = f"-e {home}" if (home / "pyproject.toml").exists() else NAME
+    return f"{NAME} is not installed: {home} is on sys.path, and no more than that", f"{_PIP} {what}, or {_RUN}"
+
+
+def _unclaimed(report: dict[str, Any]) -> Verdict:
+    name = report["type"]
+    if not report["host"]["own_type"]:
         what = f"no installed plug-in claims {name}, and mlx-lm {report['versions']['mlx-lm']} has no such type"
         return what, f"install one that names it in its entry points, group {registry.GROUP}"
-    if plugin is None:
-        return _broken(name, error) if error else None
-    who = plugin["distribution"]
-    if not hook["active"]:
+    return _broken(name, report["error"]) if report["error"] else None
+
+
+def _out_of_reach(report: dict[str, Any], plugin: dict[str, Any]) -> Verdict:
+    """Whether no finder looks for the plug-in, or the variable leaves it out."""
+    if not report["hook"]["active"]:
         fix = "leave it out" if sys.flags.no_site else f"{_PIP} --force-reinstall --no-deps {NAME}"
-        return hook["reason"], f"{fix}, or {run}"
-    if plugin["skipped"] and (setting or "").strip() in ("", "0"):
-        return f"{registry.VARIABLE}={setting} turns every plug-in off", f"unset {registry.VARIABLE}"
-    if plugin["skipped"]:
-        fix = f"unset it, or export {registry.VARIABLE}={setting},{who}"
-        return f"{registry.VARIABLE}={setting} leaves {who} out", fix
+        return report["hook"]["reason"], f"{fix}, or {_RUN}"
+    if not plugin["skipped"]:
+        return None
+    setting, who = f"{registry.VARIABLE}={report['variable']}", plugin["distribution"]
+    if (report["variable"] or "").strip() in ("", "0"):
+        return f"{setting} turns every plug-in off", f"unset {registry.VARIABLE}"
+    return f"{setting} leaves {who} out", f"unset it, or export {setting},{who}"
+
+
+def _outdone(report: dict[str, Any], plugin: dict[str, Any]) -> Verdict:
+    """Whether the finder has another module for the type, or none."""
+    name, winner, module, who = report["type"], report["winner"], report["host"]["module"], plugin["distribution"]
     if others := [each for each in report["conflicts"].get(name, ()) if each != who]:
         fix = f"{sys.executable} -m pip uninstall {others[0]}, or export {registry.VARIABLE}={who}"
         return f"{' and '.join(others)} {'claims' if len(others) == 1 else 'claim'} {name} too", fix
-    if error:
-        return _broken(name, error)
-    if host["module"] != name:
-        fix = f"claim {host['module']} in the plug-in's entry points"
-        return f"mlx-lm takes {name} for {host['module']} before it asks for a plug-in", fix
+    if report["error"]:
+        return _broken(name, report["error"])
+    if module != name:
+        fix = f"claim {module} in the plug-in's entry points"
+        return f"mlx-lm takes {name} for {module} before it asks for a plug-in", fix
     if winner != plugin["value"].strip():
-        return f"{winner} serves it, with the finder of {hook['finder']} in force", "update or uninstall that one"
+        what = f"{winner} serves it, with the finder of {report['hook']['finder']} in force"
+        return what, "update or uninstall that one"
+    return None
+
+
+def _command_is_elsewhere(report: dict[str, Any], plugin: dict[str, Any]) -> Verdict:
+    command = report["command"]
     if command and Path(command["python"]).parent.resolve() != Path(sys.executable).parent.resolve():
-        return f"{command['path']} is of another environment", f"{command['python']} -m pip install {who}"
+        fix = f"{command['python']} -m pip install {plugin['distribution']}"
+        return f"{command['path']} is of another environment", fix
     return None
 
 

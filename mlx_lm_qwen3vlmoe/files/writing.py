@@ -15,14 +15,14 @@ from typing import IO
 from ..errors import CheckpointError
 
 
-def check_free(out: Path) -> None:
+def check_empty(out: Path) -> None:
     """Raise `CheckpointError` where there is anything but an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(out, "nothing, or an empty folder", "files", "Choose another --save-path.")
 
 
 @contextlib.contextmanager
-def whole(out: Path, size: int) -> Iterator[Path]:
+def new_folder(out: Path, size: int) -> Iterator[Path]:
     """A folder to write to, beside ``out``, that becomes ``out`` at the end, or is removed with whatever went wrong.
 
     SIGTERM and SIGHUP count as that. After SIGKILL it stays, under its own name.
@@ -33,7 +33,7 @@ def whole(out: Path, size: int) -> Iterator[Path]:
     Raises:
         CheckpointError: ``out`` is there and not empty, the disk has no room, or another run writes or was killed.
     """
-    check_free(out)
+    check_empty(out)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < size:

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..files.headers import Header, find, read_config, write_hollow
 from ..layouts.names import host_name, layer_and_suffix
 from ..model import Model
-from ..quantization.description import take_quantization
+from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime import parallel
 from ..runtime.backend import device, narrow, planned
 from . import planning
@@ -143,9 +143,9 @@ def _layout(tensors: Header) -> str:
 
 def _quantization(config: dict[str, Any]) -> str:
     """The method in the checkpoint's own terms."""
-    if (foreign := take_quantization(config)) is not None:
+    if (foreign := foreign_quantization(config)) is not None:
         return quantization.title(quantization.read_description(foreign))
-    return f"MLX {planning.format_name(found)}" if (found := config.get("quantization")) else "none"
+    return f"MLX {planning.format_name(found)}" if (found := own_quantization(config)) else "none"
 
 
 def _sorted_out(names: Iterable[str]) -> dict[str, Any]:

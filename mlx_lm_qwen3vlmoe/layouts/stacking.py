@@ -55,21 +55,29 @@ def split(mlp: str, fused: Layers, in_out: bool, e: int, decoder: Decoder) -> di
     transformers ≥ 5.2 stores ``[out, in]`` like the host: its halves lie on the axis before, and no axis moves.
     """
     parts: dict[str, Decoded] = {}
+    axis = -1 if in_out else -2
     for name, tensors in fused.items():
-        path, axis = f"{mlp}.experts.{name}", -1 if in_out else -2
-        tensors = {suffix: _of_each(array, e) for suffix, array in tensors.items()}
-        if name == "down_proj":
-            parts[name] = _oriented(_decoded(path, tensors, e, decoder), in_out)
-        # Codes are cut before they are decoded: what waits for the other half is then small.
-        elif pair := decoder.halves(path, tensors, axis):
-            for projection, half in zip(("gate_proj", "up_proj"), pair, strict=True):
-                parts[projection] = _oriented(_decoded(path, half, e, decoder), in_out)
-        else:
-            whole = _decoded(path, tensors, e, decoder)
-            cut = mx.split(whole.tensors["weight"], 2, axis)
-            for projection, weight in zip(("gate_proj", "up_proj"), cut, strict=True):
-                parts[projection] = _oriented(whole._replace(tensors={"weight": weight}), in_out)
+        path, tensors = f"{mlp}.experts.{name}", {suffix: _of_each(array, e) for suffix, array in tensors.items()}
+        projections = PROJECTIONS[:2] if name == "gate_up_proj" else PROJECTIONS[2:]
+        # Codes are cut before they are decoded, if they can be: what waits for the other half is then small.
+        halves = decoder.halves(path, tensors, axis) if name == "gate_up_proj" else None
+        found = [_decoded(path, each, e, decoder) for each in halves or [tensors]]
+        if in_out:  # MLX packs along the last axis, so what is turned below has to be floats
+            found = [Decoded({"weight": decoder.as_float(each, "experts stored as [in, out]")}) for each in found]
+        if len(found) < len(projections):
+            found = cut(found[0], axis)
+        for projection, each in zip(projections, found, strict=True):
+            parts[projection] = Decoded({"weight": as_out_in(each.tensors["weight"])}) if in_out else each
     return parts
+
+
+def cut(whole: Decoded, axis: int) -> list[Decoded]:
+    """The first half and the second along an axis, -1 or -2, of floats; of what is packed, along -2, its outputs.
+
+    Every tensor is cut but NVFP4's ``global_scale [E]``, one number for both halves of an expert.
+    """
+    pairs = {s: (a, a) if a.ndim == 1 else mx.split(a, 2, axis) for s, a in whole.tensors.items()}
+    return [whole._replace(tensors={suffix: pair[half] for suffix, pair in pairs.items()}) for half in (0, 1)]
 
 
 def join(gate: mx.array, up: mx.array) -> mx.array:
@@ -105,11 +113,6 @@ def _decoded(path: str, tensors: Tensors, experts: int, decoder: Decoder) -> Dec
 def _of_each(array: mx.array, experts: int) -> mx.array:
     """One number for all experts → ``[E, 1, 1]``; other arrays as they are."""
     return mx.broadcast_to(array.reshape(1, 1, 1), (experts, 1, 1)) if array.shape in ((), (1,)) else array
-
-
-def _oriented(decoded: Decoded, in_out: bool) -> Decoded:
-    weight = decoded.tensors["weight"]
-    return decoded._replace(tensors={"weight": as_out_in(weight)}) if in_out else decoded
 
 
 def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[str, Any], decoder: Decoder) -> Decoded:
@@ -177,11 +180,7 @@ def rejoined(mlp: str, stacked: dict[str, Decoded], sizes: dict[str, Any], decod
     """
     i, h = sizes["moe_intermediate_size"], sizes["hidden_size"]
     if (gate_up := stacked.get("gate_up_proj")) and float_shape(gate_up)[1:] == (2 * i, h):
-        cut = {suffix: mx.split(array, 2, -2) for suffix, array in gate_up.tensors.items()}
-        for half, projection in enumerate(("gate_proj", "up_proj")):
-            tensors = {suffix: parts[half] for suffix, parts in cut.items()}
-            stacked[projection] = gate_up._replace(tensors=tensors)
-        del stacked["gate_up_proj"]
+        stacked["gate_proj"], stacked["up_proj"] = cut(stacked.pop("gate_up_proj"), -2)
     if not is_miscut(mlp, {projection: float_shape(decoded) for projection, decoded in stacked.items()}, sizes):
         return stacked
     arrays = {name: decoder.as_float(decoded, "cut along the wrong axis") for name, decoded in stacked.items()}

@@ -1,49 +1,70 @@
-"""How a config describes quantization: another tool's way, taken out, and MLX's, put in."""
+"""How a config describes quantization: in another tool's way, or in MLX's.
+
+MLX's own description goes before another tool's, which a conversion has left behind.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import check_kinds, check_positive, config_error
 
+_FIELDS = ("quantization_config", "compression_config")  # of any tool, at the top or in ``text_config``
 
-def take_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Take another tool's ``quantization_config`` out of a config, from wherever it stands; None if there is none.
 
-    Without it, the host leaves alone what is decoded here. MLX's own description, which names no method, stays.
-    Raises `CheckpointError` where the host could not read that.
-    """
-    homes = [config, text] if isinstance(text := config.get("text_config"), dict) else [config]
-    found = None
-    for home in homes:
-        for field in ("quantization_config", "compression_config"):
-            value = home.get(field)
-            if not value:
-                continue
-            if not isinstance(value, dict):
-                raise config_error(field, "an object", value)
-            described = config.get("quantization") is not None
-            if "quant_method" not in value and "quantization" not in value:  # MLX's own
-                config["quantization"] = config["quantization"] if described else value
-                continue
-            del home[field]
-            if value.get("packing_format") == "mlx":  # of AutoRound
-                config["quantization"] = config["quantization"] if described else _of_auto_round(value)
-            elif not described:
-                found = found or value
+def foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Another tool's description, wherever it stands; None if there is none that counts."""
+    foreign = (value for _, _, value in _described(config) if _in_mlx_terms(value) is None)
+    return next(foreign, None) if own_quantization(config) is None else None
+
+
+def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """MLX's description, wherever it stands; raises `CheckpointError` where the host could not read it."""
     own = config.get("quantization")
-    if own is not None and not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
+    if own is None:
+        own = next(filter(None, (_in_mlx_terms(value) for _, _, value in _described(config))), None)
+    if own is None:
+        return None
+    if not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
         raise config_error("quantization", "an object with group_size and bits", own)
-    for path, parameters in {"": own, **(own or {})}.items():
+    for path, parameters in {"": own, **own}.items():
         for field in ("group_size", "bits"):
             if isinstance(parameters, dict) and parameters.get(field) is not None:
                 check_positive(": ".join(filter(None, ("quantization", path, field))), parameters[field], int)
-    return found
+    return own
 
 
-def _of_auto_round(description: dict[str, Any]) -> dict[str, Any]:
-    """AutoRound's description of what it packed as MLX does, in MLX's terms."""
+def settle_quantization(config: dict[str, Any]) -> None:
+    """Leave what the host looks at: MLX's description, under ``quantization``.
+
+    Without another tool's, the host leaves alone what is decoded here.
+    """
+    if (own := own_quantization(config)) is not None:
+        config["quantization"] = own
+    for home, field, value in list(_described(config)):
+        if _in_mlx_terms(value) is not value:
+            del home[field]
+
+
+def _described(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """Where descriptions stand: an object, its field, and what that has."""
+    homes = [config, text] if isinstance(text := config.get("text_config"), dict) else [config]
+    for home in homes:
+        for field in _FIELDS:
+            if value := home.get(field):
+                if not isinstance(value, dict):
+                    raise config_error(field, "an object", value)
+                yield home, field, value
+
+
+def _in_mlx_terms(description: dict[str, Any]) -> dict[str, Any] | None:
+    """MLX's own description, which names no method, or AutoRound's of what it packed as MLX does; else None."""
+    if "quant_method" not in description and "quantization" not in description:
+        return description
+    if description.get("packing_format") != "mlx":
+        return None
     fields = {name: description.get(name) for name in ("group_size", "bits")}
     check_kinds("", description, extra_config=dict)
     extra = description.get("extra_config") or {}

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from ..config import SIZES
 from ..errors import CheckpointError
-from ..files.stored import Stored, all_finite, copy, steps
-from ..files.writing import check_free, sync, whole
+from ..files.tensors import FileTensor, all_finite, copy_bytes, row_ranges
+from ..files.writing import check_empty, new_folder, sync
 from ..layouts.names import HEAD, as_stored, host_name
 from ..layouts.stacking import Part
-from .checkpoint import Original, Tuned, original_folder
+from .checkpoints import Original, Tuned, original_folder
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
     if not Path(tuned).is_dir():
         remedy = "Name the folder of --save-path (fuse) or --mlx-path (convert)."
         raise CheckpointError(tuned, "a folder that mlx_lm.fuse or mlx_lm.convert wrote", "no such folder", remedy)
-    check_free(Path(save_path))  # before anything is downloaded
+    check_empty(Path(save_path))  # before anything is downloaded
     folder = original_folder(original)
     _check_places(Path(tuned), folder, Path(save_path))
     text, target = Tuned(Path(tuned)), Original(folder, original)
@@ -53,7 +53,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
     _give_notices(text, target)
     others = target.others()
     size = sum(path.stat().st_size for path in (*target.files, *others))
-    with whole(Path(save_path), size) as out, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    with new_folder(Path(save_path), size) as out, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
         for file in target.files:
             for done in _write(file, out / file.name, target, text):
                 bar.update(done)
@@ -61,7 +61,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
             path = out / file.relative_to(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             with file.open("rb") as source, path.open("wb") as copied:
-                for done in copy(source, copied, file.stat().st_size):
+                for done in copy_bytes(source, copied, file.stat().st_size):
                     bar.update(done)
                 sync(copied)
     return {"text": len(target.parts), "others": len(target.tensors) - len(target.parts)}
@@ -150,18 +150,18 @@ def _write(file: Path, path: Path, target: Original, text: Tuned) -> Iterator[in
         for name, tensor in sorted(target.tensors.items(), key=lambda item: item[1].begin):
             if tensor.file != file or name not in target.parts:
                 continue
-            yield from copy(source, new, tensor.begin - source.tell())
+            yield from copy_bytes(source, new, tensor.begin - source.tell())
             for piece in _pieces(name, tensor, target.parts[name], text):
                 new.write(memoryview(piece))  # type: ignore[arg-type]
                 yield piece.nbytes
             source.seek(tensor.end)
-        yield from copy(source, new, file.stat().st_size - source.tell())
+        yield from copy_bytes(source, new, file.stat().st_size - source.tell())
         sync(new)
 
 
-def _pieces(name: str, old: Stored, part: Part, text: Tuned) -> Iterator[mx.array]:
+def _pieces(name: str, old: FileTensor, part: Part, text: Tuned) -> Iterator[mx.array]:
     """A stored tensor made of the tuned text, some rows at a time, as the bits that the file gets."""
-    spans = steps(old.shape[0], old.end - old.begin) if part.row is None else [(part.row, part.row + 1)]
+    spans = row_ranges(old.shape[0], old.end - old.begin) if part.row is None else [(part.row, part.row + 1)]
     for first, last in spans:
         weights = [text.rows(path, first, last).astype(old.mlx_dtype) for path in part.layers]
         piece = mx.contiguous(part.form(*(weight.view(old.bits) for weight in weights)))

@@ -1,4 +1,4 @@
-"""What the machine asks for: a device its order in memory, MLX an order of evaluation, ranks their shares.
+"""What the machine asks for: an order in memory, an order of evaluation, shares of ranks, a release of mlx-lm.
 
 Nothing here knows of checkpoints, or changes what is stored.
 """

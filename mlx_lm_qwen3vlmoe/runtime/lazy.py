@@ -1,13 +1,28 @@
 """In which order lazy arrays are computed, so that little of them is in memory at a time.
 
-`mx.eval` walks back from the arrays that it is given, about twenty at a time, and knows nothing of their size. The host
-saves 5 GB at once, in the order of a hash table: the floats of many layers would be in memory together. But what
-depends on another array is computed after it.
+The host quantizes lazily, and then saves 5 GB with one `mx.eval`. That computes what is furthest from the end first,
+and knows nothing of sizes: as all layers are alike, the floats of all would be made before any of them are packed. Only
+a path from one array to another orders the two. There are two kinds of them here.
+
+**Pieces** (`in_pieces`): a projection of all experts is put together a few experts at a time. Each piece is written
+into the array that has those before it, and so is made after them.
+
+**Turns** (`quantize_in_turn`): a module is quantized after the one before it. But its weight has its path from the file
+before anybody asks for that, so it can only wait once it is decoded:
+
+    file ── decoding ── weight 1 ── quantizing ── not ── not ── … ── not ─┐
+                      file ── decoding ── weight 2 ─────────────────── depends ── quantizing ── not ── …
+
+Without the chain of ``not``, the decoding of 2 would be as far from the end as the quantizing of 1, and be computed
+beside it. As the chain is longer than any path from a file to a weight, all of 1 is further from the end than any of 2.
+Each ``not`` is of one boolean. If there were too few, all values would be the same, and more floats in memory.
+
+Source: ``eval_impl`` in MLX's ``mlx/transforms.cpp``. It walks back from the end, breadth first, but into the depth
+from where about twenty arrays wait, and then computes in the reverse of that order.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable
@@ -17,8 +32,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Arrays = dict[str, mx.array]
-_STEPS = 64  # more than to a decoded weight: arrays that are as far from the end are computed side by side
-_ARRAYS = 8  # of what depends on more than about twenty arrays, `mx.eval` begins with the last
+_DEPTH = 32  # more than the steps from a file to a piece of a decoded weight; tests/test_lazy.py counts them
+_ARRAYS = 8  # experts in a piece: what depends on more arrays than are walked in breadth is begun with the last
 _PIECE = 1 << 24  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
@@ -42,35 +57,45 @@ def in_pieces(whole: Arrays, function: Callable[[slice], Arrays]) -> Arrays:
     return results
 
 
-class Turns:
-    """Modules that are quantized one after the other."""
+def longest_path(weight: mx.array) -> int:
+    """More steps than from a file to any part of a weight, ``[out, in]`` or ``[experts, out, in]``: a piece is one."""
+    return _DEPTH + (weight.shape[0] if weight.ndim == 3 else 0)
+
+
+def quantize_in_turn(model: nn.Module) -> None:
+    """From now on, the modules of a model are quantized one after the other, experts a few at a time."""
+    turns = _Turns()
+    for module in model.modules():
+        if hasattr(module, "to_quantized"):
+            module.to_quantized = _InTurn(module, turns)
+
+
+class _Turns:
+    """The end of the turn before."""
 
     def __init__(self) -> None:
         self.last: mx.array | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Turns, ()  # a copy has turns of its own
+        return _Turns, ()  # a copy has turns of its own
 
-    def take(self, model: nn.Module) -> None:
-        """From now on, the modules of a model are quantized in turn, experts a few at a time."""
-        for module in model.modules():
-            if hasattr(module, "to_quantized"):
-                module.to_quantized = InTurn(module, self)
+    def wait(self, weight: mx.array) -> mx.array:
+        """The same weight, not used before the end of the turn before."""
+        if self.last is None:
+            return weight
+        end = self.last
+        for _ in range(longest_path(weight)):
+            end = mx.logical_not(end)
+        return mx.depends([weight], [end])[0]
 
-    def wait(self, array: mx.array) -> mx.array:
-        """The same array, which is used after the turns before."""
-        return array if self.last is None else mx.depends([array], [self.last])[0]
-
-    def end(self, array: mx.array) -> None:
-        self.last = array.reshape(-1)[:1] == 0  # a copy: a view would keep the array
-        for _ in range(_STEPS):
-            self.last = mx.logical_not(self.last)
+    def end(self, result: mx.array) -> None:
+        self.last = result.reshape(-1)[:1] == 0  # a copy: a view would keep the array
 
 
-class InTurn:
+class _InTurn:
     """The method ``to_quantized`` of a module, which is not computed before that of the module before."""
 
-    def __init__(self, module: nn.Module, turns: Turns):
+    def __init__(self, module: nn.Module, turns: _Turns):
         self.module, self.turns = weakref.ref(module), turns  # the module has this: it is freed at once
 
     def __call__(self, *arguments: Any, **options: Any) -> nn.Module:
@@ -102,8 +127,5 @@ class InTurn:
         module: Any = self.module()
         return inspect.signature(type(module).to_quantized.__get__(module))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InTurn:
-        return InTurn(copy.deepcopy(self.module(), memo), copy.deepcopy(self.turns, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InTurn, (self.module(), self.turns)
+    def __reduce__(self) -> tuple[Any, ...]:  # by which it is copied, too
+        return _InTurn, (self.module(), self.turns)

@@ -23,15 +23,19 @@ CLEAN |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLI
 WARM = Warm(CLEAN)
 
 
+def started(*command: object, env: dict[str, str] | None = None, fresh: bool = False, **options):
+    """A running command, as of `subprocess.Popen`, with files for its streams."""
+    line, variables = list(map(str, command)), CLEAN | (env or {})
+    start = subprocess.Popen if fresh or not WARM.serves(line, variables) else WARM.start
+    return start(line, env=variables, **options)
+
+
 def run(*command: object, check: bool = True, timeout: float = LIMIT, **options) -> subprocess.CompletedProcess:
     """Run a command to its end, with both outputs captured; a failure shows them.
 
     Options: ``input``, a text; ``env``, variables beside the usual ones; ``cwd``; and ``fresh``, for a test that is
     about the start of Python itself.
     """
-    line, variables = list(map(str, command)), CLEAN | options.pop("env", {})
-    fresh = options.pop("fresh", False) or not WARM.serves(line, variables)
-    start = subprocess.Popen if fresh else WARM.start
     with (
         tempfile.TemporaryFile("w+") as stdin,
         tempfile.TemporaryFile("w+") as stdout,
@@ -39,7 +43,7 @@ def run(*command: object, check: bool = True, timeout: float = LIMIT, **options)
     ):
         stdin.write(options.pop("input", ""))
         stdin.seek(0)
-        process = start(line, env=variables, stdin=stdin, stdout=stdout, stderr=stderr, **options)
+        process = started(*command, stdin=stdin, stdout=stdout, stderr=stderr, **options)
         try:
             process.wait(timeout)
         except BaseException:
@@ -48,7 +52,7 @@ def run(*command: object, check: bool = True, timeout: float = LIMIT, **options)
             raise
         for stream in (stdout, stderr):
             stream.seek(0)
-        done = subprocess.CompletedProcess(line, process.returncode, stdout.read(), stderr.read())
+        done = subprocess.CompletedProcess(command, process.returncode, stdout.read(), stderr.read())
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -101,13 +105,9 @@ def serving(model: Path, log: Path, *arguments: str, command: tuple[object, ...]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [*command, "--model", str(model), "--port", str(port), "--temp", "0", "--max-tokens", "64", *arguments],
-            env=CLEAN,
-            stdout=out,
-            stderr=out,
-        )
+    options = ("--model", model, "--port", port, "--temp", 0, "--max-tokens", 64, *arguments)
+    with log.open("w") as out, Path(os.devnull).open() as empty:
+        server = started(*command, *options, stdin=empty, stdout=out, stderr=out)
         try:
             for _ in range(10 * LIMIT):
                 assert server.poll() is None, log.read_text()

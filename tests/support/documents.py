@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from . import BIN, LIMIT, ROOT, TINY
 from .checkpoints import thinking_model
-from .commands import CLEAN, run
+from .commands import CLEAN, run, started
 
 DOCUMENTS = {file.name: file for folder in (ROOT, ROOT / "docs") for file in sorted(folder.glob("*.md"))}
 QUESTION = "What is this package?"
@@ -30,6 +31,7 @@ LISTED = {
     "python make_tiny.py": "tests/test_plugins.py",
     "mlx_lm.generate --model tiny-random": "tests/test_plugins.py",
     "mlx_lm.convert --hf-path tiny-random": "tests/test_plugins.py",
+    ".venv/bin/python -m pytest ": "Makefile",  # the tests themselves
     ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
     "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     "mlx_vlm.generate --model tuned ": "tests/slow/test_restore_slow.py",  # needs mlx-vlm
@@ -137,7 +139,10 @@ def run_step(language: str, text: str, folder: Path, questions: list[dict[str, s
         return asked_server(text, folder)
     if "mlx_lm.chat" in text:
         options["input"] = f"{QUESTION}\nq\n"
-    done = run("bash", "-c", f"set -eu\n{definitions}\n{text}", **options)
+    words = shlex.split(text)
+    plain = not definitions and (BIN / words[0]).exists() and not re.search(r"[|<>$;&*~\\]", text)
+    line = (BIN / words[0], *words[1:]) if plain else ("bash", "-c", f"set -eu\n{definitions}\n{text}")
+    done = run(*line, **options)
     assert "Traceback" not in done.stderr
     return done.stdout
 
@@ -171,14 +176,11 @@ def ask(port: int, still_runs: Callable[[], bool], seconds: float = LIMIT) -> st
 def asked_server(command: str, folder: Path) -> str:
     """Start a server, ask it a question, and stop it."""
     port = free_port()
-    with (folder / "server.log").open("w+") as log:
-        server = subprocess.Popen(
-            ["bash", "-c", f"exec {command} --port {port}"],
-            cwd=folder,
-            env=CLEAN | settings(folder),
-            stdout=log,
-            stderr=log,
-        )
+    words = shlex.split(command)
+    line = (BIN / words[0], *words[1:]) if (BIN / words[0]).exists() else ("bash", "-c", f'exec {command} "$@"', "bash")
+    with (folder / "server.log").open("w+") as log, Path(os.devnull).open() as empty:
+        options = {"cwd": folder, "env": settings(folder), "stdin": empty, "stdout": log, "stderr": log}
+        server = started(*line, "--port", port, **options)
         try:
             answer = ask(port, lambda: server.poll() is None)
         finally:

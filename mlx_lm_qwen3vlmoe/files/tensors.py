@@ -20,7 +20,7 @@ _AGAIN = "Download the file again."
 _AT_ONCE = 32_000_000  # bytes
 
 
-class Stored(NamedTuple):
+class FileTensor(NamedTuple):
     """A tensor of a file.
 
     Attributes:
@@ -61,13 +61,13 @@ def all_finite(bits: mx.array, dtype: str) -> bool:
     return without_sign < FLOATS[dtype]
 
 
-def steps(rows: int, size: int) -> Iterator[tuple[int, int]]:
+def row_ranges(rows: int, size: int) -> Iterator[tuple[int, int]]:
     """First and last rows of pieces of about 32 MB, of so many rows that have ``size`` bytes in all."""
     step = max(1, rows * _AT_ONCE // max(size, 1))
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def copy(source: BinaryIO, target: BinaryIO, size: int) -> Iterator[int]:
+def copy_bytes(source: BinaryIO, target: BinaryIO, size: int) -> Iterator[int]:
     """Copy so many bytes from where both files stand; yields how many at a time."""
     while size:
         data = source.read(min(size, _AT_ONCE))
@@ -78,14 +78,14 @@ def copy(source: BinaryIO, target: BinaryIO, size: int) -> Iterator[int]:
         yield len(data)
 
 
-def stored(folder: Path, headers: dict[str, Header]) -> dict[str, Stored]:
+def find_tensors(folder: Path, headers: dict[str, Header]) -> dict[str, FileTensor]:
     """Every tensor of a folder's files, by name.
 
     Raises:
         CheckpointError: a file is cut short or contradicts its header, two files have the same tensor, or the index
             names what is not there.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, FileTensor] = {}
     for name, header in headers.items():
         path = folder / name
         size = path.stat().st_size
@@ -109,7 +109,7 @@ def stored(folder: Path, headers: dict[str, Header]) -> dict[str, Stored]:
                     "Remove the file that a second tool left in the folder.",
                 )
             last = end
-            found[tensor] = Stored(path, begin, end, entry["dtype"], _shape(path, tensor, entry, end - begin))
+            found[tensor] = FileTensor(path, begin, end, entry["dtype"], _shape(path, tensor, entry, end - begin))
     _check_index(folder, found)
     return found
 
@@ -130,7 +130,7 @@ def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[i
     raise CheckpointError(f"{path}: {tensor}", f"a shape of {size} bytes", found, _AGAIN)
 
 
-def _check_index(folder: Path, found: dict[str, Stored]) -> None:
+def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return

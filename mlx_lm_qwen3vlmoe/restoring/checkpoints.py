@@ -12,11 +12,11 @@ import mlx.core as mx
 from .. import quantization
 from ..errors import CheckpointError
 from ..files.headers import CONFIGS, hub_folder, local_headers, read_config
-from ..files.stored import FLOATS, steps, stored
+from ..files.tensors import FLOATS, find_tensors, row_ranges
 from ..inspection.report import described, hollow_model
 from ..layouts.names import EMBEDDINGS, HEAD
 from ..quantization import Parameters
-from ..quantization.description import take_quantization
+from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime.backend import planned
 from ..sanitize import by_layer, rename, unsanitize
 
@@ -38,7 +38,7 @@ class Checkpoint:
         self.config = read_config(folder, str(folder))
         headers = local_headers(folder, [])
         self.files = [folder / name for name in headers]
-        self.tensors = stored(folder, headers)
+        self.tensors = find_tensors(folder, headers)
         self.refuse()
         with planned():
             try:
@@ -78,7 +78,7 @@ class Tuned(Checkpoint):
     def refuse(self) -> None:
         if adapter := next((name for name in self.tensors if "lora_" in name), None):
             raise _not_fused(f"{self.folder}: {adapter}")
-        if take_quantization(self.config) is not None:
+        if foreign_quantization(self.config) is not None:
             raise _not_by_mlx(self.folder, "quantization_config of another tool")
 
     def rows(self, path: str, first: int, last: int) -> mx.array:
@@ -91,7 +91,7 @@ class Tuned(Checkpoint):
     def check_tied(self) -> None:
         """The head is the embeddings, as a tied original has no place for another."""
         rows = self.text_config["vocab_size"]
-        for first, last in steps(rows, 4 * rows * self.text_config["hidden_size"]):
+        for first, last in row_ranges(rows, 4 * rows * self.text_config["hidden_size"]):
             head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
             if not mx.array_equal(head, embeddings, equal_nan=True).item():
                 raise CheckpointError(
@@ -143,7 +143,7 @@ def original_folder(name: str) -> Path:
 
 def check_unquantized(folder: Path, name: str) -> None:
     config = read_config(folder, name)
-    if take_quantization(config) is not None or config.get("quantization"):
+    if foreign_quantization(config) or own_quantization(config):
         raise _quantized(name, "quantization in config.json")
 
 

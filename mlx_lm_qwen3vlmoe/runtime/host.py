@@ -1,0 +1,61 @@
+"""What differs between the releases of mlx-lm that this package runs on, and the release that ends each difference.
+
+| until  | mlx-lm's                                    | so here                                                  |
+|--------|---------------------------------------------|----------------------------------------------------------|
+| 0.28.3 | ``qwen3_moe`` takes token ids only          | `EMBEDDINGS` is false: `Model` takes no embeddings, and  |
+|        |                                             | does not compute in float32 (see `backend.widens`)       |
+| 0.32.0 | ``qwen3_moe`` stays on one machine          | `SHARD` and `PIPELINE` are false: `Model` has no such    |
+|        |                                             | methods                                                  |
+| 0.32.1 | experts drop the second scale of NVFP4      | `backend.takes_global_scale`: they are decoded           |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from mlx_lm.models import qwen3_moe
+
+from .. import __version__
+from ..errors import HostError
+
+EMBEDDINGS = "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters
+SHARD = hasattr(qwen3_moe.Model, "shard")
+PIPELINE = hasattr(getattr(qwen3_moe, "Qwen3MoeModel", None), "pipeline")  # without it, the model says what is missing
+
+
+def only_with_embeddings(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``__call__`` of a model, without the parameter that the host lacks: programs look at the signature."""
+
+    def without(self: Any, inputs: Any, cache: Any = None, **others: Any) -> Any:
+        if others:
+            raise TypeError(f"{', '.join(others)}: input_embeddings needs mlx-lm 0.28.3 or newer")
+        return call(self, inputs, cache)
+
+    return call if EMBEDDINGS else without
+
+
+def only_with_shard(method: Callable[..., None]) -> Any:
+    """A method that is not there for ``hasattr`` where the host lacks it: programs ask."""
+
+    def missing(self: Any) -> NoReturn:
+        raise AttributeError("shard: tensor parallelism needs mlx-lm 0.32.0 or newer")
+
+    return method if SHARD else property(missing)
+
+
+def unfit(what: str) -> HostError:
+    """The error for a host that lacks what every release so far has, or wants more."""
+    return HostError(
+        f"mlx-lm {version('mlx-lm')} is not what mlx-lm-qwen3vlmoe {__version__} was made for: {what}. "
+        "Update mlx-lm-qwen3vlmoe, or install an older mlx-lm."
+    )
+
+
+def check_fields(text: dict[str, Any]) -> None:
+    """Raise `HostError` where the host wants a field that the normalized text config does not have."""
+    for name, parameter in inspect.signature(qwen3_moe.ModelArgs).parameters.items():
+        if parameter.default is parameter.empty and name not in text:
+            raise unfit(f"its qwen3_moe needs the field {name}, which no Qwen3-VL-MoE config has")
