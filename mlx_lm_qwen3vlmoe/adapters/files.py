@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, shown
 from ..files.headers import read_header
+from ..files.writing import no_space
 
 CONFIG = "adapter_config.json"
 _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
@@ -76,8 +77,7 @@ def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[st
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that numbers are aligned
     if (free := shutil.disk_usage(folder).free) < end:
-        sizes = f"{end / 1e9:.3f} GB of free space", f"{free / 1e9:.3f} GB"
-        raise CheckpointError(folder.parent, *sizes, "Choose another --save-path.")
+        raise no_space(folder.parent, end, free)
     with (folder / name).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for path in list(tensors):

@@ -175,7 +175,7 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
 
 
 def _listed(kinds: Iterable[str]) -> str:
-    return " and ".join(f"lora_{kind}" for kind in sorted(kinds))
+    return series([f"lora_{kind}" for kind in sorted(kinds)], "and")
 
 
 def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) -> dict[str, Lora]:

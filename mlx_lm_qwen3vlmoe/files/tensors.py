@@ -145,5 +145,5 @@ def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
             remedy = "Download the file that is missing."
             if where:
                 remedy = "Is the index of another checkpoint? Download it again, or remove it."
-            expected, what = f"in {shown(file)}, as the index says", f"in {where}" if where else "nowhere"
-            raise CheckpointError(f"{index.name}: {tensor}", expected, what, remedy)
+            expected = f"in {shown(file)}, as the index says"
+            raise CheckpointError(f"{index.name}: {tensor}", expected, f"in {where}" if where else "nowhere", remedy)

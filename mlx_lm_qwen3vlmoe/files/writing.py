@@ -21,6 +21,11 @@ def check_empty(out: Path) -> None:
         raise CheckpointError(out, "nothing, or an empty folder", "files", "Choose another --save-path.")
 
 
+def no_space(out: Path, size: int, free: int) -> CheckpointError:
+    remedy = "Free some, or choose another --save-path."
+    return CheckpointError(out, f"{size / 1e9:.3f} GB of free space", f"{free / 1e9:.3f} GB", remedy)
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, size: int) -> Iterator[Path]:
     """A folder to write to, beside ``out``, that becomes ``out`` at the end, or is removed with whatever went wrong.
@@ -37,8 +42,7 @@ def new_folder(out: Path, size: int) -> Iterator[Path]:
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < size:
-        sizes = (f"{bytes_ / 1e9:.3f} GB" for bytes_ in (size, free))
-        raise CheckpointError(out, f"{next(sizes)} of free space", next(sizes), "Choose another --save-path.")
+        raise no_space(out, size, free)
     partial = out.with_name(f"{out.name}.unfinished")
     with _signals_as_exceptions():
         try:

@@ -87,7 +87,7 @@ class Decoder:
         for suffix, array in tensors.items():  # the host's own tests pass None
             if array is not None and "scales" not in tensors and not mx.issubdtype(array.dtype, mx.floating):
                 if array.dtype == mx.uint32:
-                    raise MissingTensorError(f"{path}.scales", f"beside packed {suffix}", "nothing", MISSING_FILE)
+                    raise MissingTensorError(f"{path}.scales", f"beside the packed {suffix}", "nothing", MISSING_FILE)
                 remedy = "config.json does not say what these stand for. Use the one that was saved with this tensor."
                 raise CheckpointError(f"{path}.{suffix}", "floats", array.dtype, remedy)
         entry = self.own.get(module_name(path))
