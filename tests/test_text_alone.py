@@ -77,7 +77,7 @@ def test_the_commands_take_it_and_what_they_save_loads_in_the_unchanged_host(tmp
 def test_a_backbone_lacks_a_head_and_says_so(name):
     """That of 5.23 says `tie_word_embeddings: true`, as every one does: the model that it is of is not tied."""
     message = refusal(FIXTURES / name)
-    assert message.startswith("lm_head.weight: expected in a model with ")
+    assert message.startswith("lm_head.weight: expected a head, as config.json has ")
     assert "is this a backbone without a head? Take lm_head.weight from the whole model." in message
 
 

@@ -54,7 +54,7 @@ class PeftConfig(Fields):
         if not isinstance(initial, bool) and initial is not None and initial not in _INITIAL:
             raise self.error(
                 "init_lora_weights",
-                f"true, false or {series(_INITIAL)} (others change the base model as well)",
+                f"{series(['true', 'false', *_INITIAL])} (others change the base model as well)",
                 initial,
                 "Save the adapter with PEFT's path_initial_model_for_weight_conversion.",
             )
