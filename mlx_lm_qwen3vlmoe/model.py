@@ -101,12 +101,6 @@ class Model(nn.Module):
         embeddings = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
         return self.language_model(inputs, cache=cache, **embeddings)
 
-    def train(self, mode: bool = True) -> Model:
-        """As the host's; in training, the float32 copies of evaluation would lie beside those of each step."""
-        if mode:
-            backend.let_go(self)
-        return super().train(mode)
-
     def _refuse_images(self, inputs: mx.array, cache: Any) -> None:
         """Raise `ValueError` for a prompt with an image: ``<|vision_start|>`` and a placeholder after it.
 

@@ -2,15 +2,8 @@
 
 E = num_experts, H = hidden_size, I = moe_intermediate_size. The host's ``SwitchGLU`` keeps one array a projection for
 all experts of a layer, ``switch_mlp.{gate,up}_proj.weight [E, I, H]`` and ``switch_mlp.down_proj.weight [E, H, I]``:
-the ``[out, in]`` of a linear layer with the experts in front. Checkpoints store, under ``….layers.N.mlp.``:
-
-| tensors                                                                       | written by                        |
-|-------------------------------------------------------------------------------|-----------------------------------|
-| ``experts.gate_up_proj [E, H, 2I]``, ``experts.down_proj [E, I, H]``          | official release, transformers 4  |
-| ``experts.gate_up_proj [E, 2I, H]``, ``experts.down_proj [E, H, I]``          | transformers ≥ 5.2                |
-| ``experts.{e}.{gate,up}_proj.weight [H/2, 2I]``, ``….down_proj.weight [I, H]``| transformers 5.0, 5.1             |
-| ``experts.{e}.{p}_proj.weight [out, in]``, or ``experts.{p}_proj.{e}.weight`` | per-expert exports                |
-| ``switch_mlp.{p}_proj.weight``, ``.scales``, ``.biases``                      | mlx-lm, mlx-vlm: taken as it is   |
+the ``[out, in]`` of a linear layer with the experts in front. What checkpoints store instead is listed once, in
+`layouts.experts.LAYOUTS`; `layouts.stacking` says how each is cut, turned and stacked, and why.
 
 Every step is a function from a dict of lazy arrays to another; none evaluates an array, so that a checkpoint larger
 than memory can be converted, or read in part by one machine of many.

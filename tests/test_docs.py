@@ -26,6 +26,7 @@ from support.documents import DOCUMENTS, LISTED, blocks, commands, folder_for, i
 
 import mlx_lm_qwen3vlmoe
 from mlx_lm_qwen3vlmoe import quantization
+from mlx_lm_qwen3vlmoe.layouts.experts import LAYOUTS
 from mlx_lm_qwen3vlmoe.runtime import backend
 
 BIN = Path(sys.executable).parent
@@ -214,8 +215,15 @@ def test_every_error_of_this_package_has_an_entry():
 def test_the_table_of_formats_is_that_of_the_code():
     """Each family of `quantization` has its rows, in order."""
     text = DOCUMENTS["checkpoints.md"].read_text().partition("| format | recognized by |")[2]
-    found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("\n\n")[0])
-    assert [tuple(row) for row in found] == [row for family in quantization.FAMILIES for row in family.formats]
+    found = re.findall(r"(?m)^\| (.+?) \|$", text.partition("\n\n")[0])
+    assert found == [row for family in quantization.FAMILIES for row in family.formats]
+
+
+def test_the_table_of_layouts_is_that_of_the_code():
+    """By the names that `inspect` prints."""
+    text = DOCUMENTS["checkpoints.md"].read_text().partition("| `inspect` says | tensors |")[2]
+    found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| .+? \| .+? \|$", text.partition("\n\n")[0])
+    assert [tuple(row) for row in found] == list(LAYOUTS)
 
 
 def test_without_the_plug_in_an_official_config_gives_the_message():

@@ -8,7 +8,10 @@ import shutil
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_model
-from support import FIXTURES, OURS
+from support import FIXTURES, OURS, QUANTIZED
+
+from mlx_lm_qwen3vlmoe.inspection.report import inspect
+from mlx_lm_qwen3vlmoe.layouts.experts import GATE_UP, IN_OUT, MISCUT, OUT_IN, SINGLE, STACKED
 
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.safetensors"))
 TOLERANCE = 1e-4  # of the largest logit, in float32
@@ -104,3 +107,21 @@ def test_a_quantized_checkpoint_stays_packed(name):
     experts = next(layer.mlp.switch_mlp for layer in model.layers if "switch_mlp" in layer.mlp)
     assert type(experts.up_proj).__name__ == "QuantizedSwitchLinear"
     assert experts.up_proj.weight.dtype == mx.uint32
+
+
+@pytest.mark.parametrize(
+    ("folder", "layout"),
+    [
+        (FIXTURES / "official", IN_OUT),
+        (FIXTURES / "resave_5_23_0", OUT_IN),
+        (FIXTURES / "square_gate", IN_OUT),
+        (FIXTURES / "per_expert", SINGLE),
+        (FIXTURES / "mlx_lm_4bit", STACKED),
+        (QUANTIZED / "ct-modelfree-fp8-block", MISCUT),
+        (QUANTIZED / "modelopt-int4-awq", SINGLE),  # whose packed shapes are those of a wrong cut of another size
+        (QUANTIZED / "autoround-gate-up-projs", GATE_UP),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_inspect_names_the_layout(folder, layout):
+    assert inspect(str(folder))["layout"] == layout.name

@@ -37,7 +37,7 @@ def row(size: str, sizes: dict, name: str) -> str:
     memory = report["needs_bytes"]
     rooms = []
     for machine in MACHINES:
-        left = machine * 2**30 * SHARE - report["weights_bytes"] - report["first_call_bytes"]
+        left = machine * 2**30 * SHARE - report["weights_bytes"]
         thousands = int(left / report["cache_bytes"] * 4)
         rooms.append(f"{min(thousands, LONGEST)}k" if thousands >= 4 else "no")
     return f"| {size} {name} | {download / 1e9:.0f} GB | {memory / 1e9:.1f} GB | {' | '.join(rooms)} |"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -22,11 +22,12 @@ from ..config import ModelArgs
 from ..discovery.claims import PACKAGE
 from ..errors import CheckpointError
 from ..files.headers import Header, find, read_config, write_hollow
+from ..layouts.experts import ONE_BY_ONE, layout_of
 from ..layouts.names import host_name, layer_and_suffix
 from ..model import Model
 from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime import parallel
-from ..runtime.backend import device, narrow, planned
+from ..runtime.backend import device, planned
 from . import planning
 
 
@@ -51,11 +52,12 @@ def inspect(
     folder, headers = find(checkpoint, notes)
     tensors = {name: entry for header in headers.values() for name, entry in header.items()}
     config = read_config(folder, checkpoint)
+    counts, layers = _sorted_out(tensors)
     report: dict[str, Any] = {
         "checkpoint": checkpoint,
-        "layout": _layout(tensors),
+        "layout": "unknown",
         "quantization": "unknown",
-        "tensors": _sorted_out(tensors),
+        "tensors": counts,
         "complete": not notes,
         "error": None,
         "notes": notes,
@@ -63,11 +65,14 @@ def inspect(
     with planned(mx.Device(getattr(mx, on)) if on else None):
         report |= {"device": "CPU" if device() == mx.cpu else "GPU", **planning.machine(device())}
         try:
+            text = config.get("text_config")
+            layout = layout_of(layers, text if isinstance(text, dict) else config)
+            report["layout"] = layout.name if layout else "no experts"
             report["quantization"] = _quantization(config)
             with _noting(notes if bits is None else []):
                 model, config = hollow_model(folder, headers)
             if bits is not None:
-                scattered = report["quantization"] != "none" and report["layout"].startswith("one tensor an expert")
+                scattered = report["quantization"] != "none" and layout in ONE_BY_ONE
                 model, report["convert_bytes"] = _converted(model, config, bits, scattered)
             report |= _plan(model, ranks, context)
         # of the package, or of the host where it stops first
@@ -100,9 +105,7 @@ def _converted(model: Any, config: dict[str, Any], bits: int, scattered: bool) -
 def _plan(model: Any, ranks: int | None, context: int) -> dict[str, Any]:
     cache = planning.cache_sizes(model, context)
     plan = planning.memory(model) | {"context": context, "cache_bytes": sum(cache)}
-    # On the CPU, experts in float32 take the place of those in 16 bits when they are first used.
-    plan["first_call_bytes"] = sum(experts.weight.nbytes for experts in narrow(model))
-    plan["needs_bytes"] = plan["weights_bytes"] + plan["cache_bytes"] + plan["first_call_bytes"]
+    plan["needs_bytes"] = plan["weights_bytes"] + plan["cache_bytes"]
     return plan | (planning.shares(model, ranks, cache) if ranks else {})
 
 
@@ -121,26 +124,6 @@ def _noting(notes: list[str]) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _layout(tensors: Header) -> str:
-    """How the experts are stored; see the table in `mlx_lm_qwen3vlmoe.sanitize`."""
-    for name, entry in tensors.items():
-        if ".switch_mlp." in name:
-            return "stacked experts (mlx-lm, mlx-vlm)"
-        if ".experts.gate_up_projs." in name:
-            return "one tensor an expert, gate and up in one (AutoRound)"
-        if not (match := re.fullmatch(r"(.+\.experts\.)(gate_up_proj|(?:0\.)?gate_proj(?:\.0)?\.\w+)", name)):
-            continue
-        gate = entry["shape"]
-        down = tensors.get(match[1] + re.sub("gate_up|gate", "down", match[2]), {"shape": []})["shape"]
-        if match[2] != "gate_up_proj":
-            miscut = match[2].endswith(".weight") and [2 * n for n in gate] == [*down[1:], 4 * down[0]]
-            return "one tensor an expert" + ", cut along the wrong axis (transformers 5.0, 5.1)" * miscut
-        if gate[1:2] == down[2:]:
-            return "fused experts, [experts, in, out] (official release, transformers 4.57)"
-        return "fused experts, [experts, out, in] (transformers 5.2 or newer)"
-    return "no experts"
-
-
 def _quantization(config: dict[str, Any]) -> str:
     """The method in the checkpoint's own terms."""
     if (foreign := foreign_quantization(config)) is not None:
@@ -148,20 +131,26 @@ def _quantization(config: dict[str, Any]) -> str:
     return f"MLX {planning.format_name(found)}" if (found := own_quantization(config)) else "none"
 
 
-def _sorted_out(names: Iterable[str]) -> dict[str, Any]:
-    """How many tensors the model takes and leaves, and the names of those that are no model's of this type."""
+def _sorted_out(tensors: Header) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """How many tensors the model takes and leaves, and the names of those that are no model's of this type.
+
+    Also the layers that it takes: path → suffix → what has the shape of the tensor.
+    """
     counts = {"kept": 0, "dropped": 0}
     unknown = []
-    for name in names:
+    layers: dict[str, dict[str, Any]] = {}
+    for name, entry in tensors.items():
         try:
-            taken = host_name(name)
+            target = host_name(name)
         except CheckpointError:
             unknown.append(name)
             continue
-        if taken is not None and layer_and_suffix(name)[1] in quantization.IGNORED:
-            taken = None
+        path, suffix = layer_and_suffix(target or name)
+        taken = target is not None and suffix not in quantization.IGNORED
         counts["kept" if taken else "dropped"] += 1
-    return {**counts, "unknown": unknown}
+        if taken:
+            layers.setdefault(path, {})[suffix] = SimpleNamespace(shape=tuple(entry["shape"]))
+    return {**counts, "unknown": unknown}, layers
 
 
 def render(report: dict[str, Any]) -> str:
@@ -185,8 +174,6 @@ def render(report: dict[str, Any]) -> str:
         known = f"{_size(peak)} at most" if peak else "unknown: measured for floats and FP8 on a CPU only"
         lines.append(("convert -q", known))
     lines.append(("cache", f"{_size(report['cache_bytes'])} at {report['context']} tokens"))
-    if more := report["first_call_bytes"]:
-        lines.append(("first call", f"{_size(more)} more, as the CPU multiplies these experts in float32"))
     for mode in ("tensor", "pipeline") if "ranks" in report else ():
         plan = report[mode]
         lines.append((mode, plan["error"] or f"{report['ranks']} of {parallel.listed(plan['allowed'])} ranks"))

@@ -24,7 +24,7 @@ class Decoder:
     """Decodes the layers of one checkpoint, and keeps account of those that become float.
 
     Args:
-        description: how another tool quantized the checkpoint, see `mlx_lm_qwen3vlmoe.quantization.describe`.
+        description: how another tool quantized the checkpoint, see `mlx_lm_qwen3vlmoe.quantization.read_description`.
         own: MLX's own description, ``config["quantization"]``.
         text: the text config, for the sizes of the layers and the checkpoint's dtype.
     """
@@ -39,7 +39,7 @@ class Decoder:
         """One layer; raises `CheckpointError`."""
         if not quantization.is_foreign(tensors):
             return self._mlx(path, tensors)
-        return self._counted(tensors, self._foreign(path, tensors, ()))
+        return self._count(tensors, self._foreign(path, tensors, ()))
 
     def stacked(self, path: str, experts: int, stored: Callable[[slice], Tensors]) -> Decoded:
         """A stack of alike layers.
@@ -50,7 +50,7 @@ class Decoder:
         tensors = stored(slice(0, experts))
         if not quantization.is_foreign(tensors):
             return self._mlx(path, tensors)
-        whole = self._counted(tensors, self._foreign(path, tensors, (experts,)))
+        whole = self._count(tensors, self._foreign(path, tensors, (experts,)))
         if not whole.tensors or whole.why_float == ACT_ORDER:  # what a piece of that becomes, its values decide
             return whole
 
@@ -59,12 +59,7 @@ class Decoder:
 
         return whole._replace(tensors=in_pieces(whole.tensors, some))
 
-    def _counted(self, stored: Tensors, decoded: Decoded) -> Decoded:
-        if decoded.why_float:
-            self._count(stored, decoded)
-        return decoded
-
-    def _foreign(self, path: str, tensors: Tensors, lead: tuple[int, ...]) -> Decoded:
+    def _foreign(self, path: str, tensors: Tensors, stack_shape: tuple[int, ...]) -> Decoded:
         """A layer that another tool quantized."""
         return quantization.decode(
             Layer(
@@ -72,7 +67,7 @@ class Decoder:
                 tensors,
                 self.settings(path),
                 self.dtype,
-                lead,
+                stack_shape,
                 takes_global_scale() and ".mlp.experts." in path,
                 planning(),
                 linear_shape(path, self.text),
@@ -107,10 +102,6 @@ class Decoder:
             return mx.stack([tensor.swapaxes(-1, -2) for tensor in tensors]).swapaxes(-1, -2)
         return mx.stack(tensors)
 
-    def halves(self, path: str, tensors: Tensors, axis: int) -> tuple[Tensors, Tensors] | None:
-        """Fused experts cut in two before they are decoded; None where the format does not allow it."""
-        return quantization.halves(tensors, axis, self.settings(path))
-
     def describes_alike(self, paths: list[str]) -> bool:
         """Whether the description says the same of these layers."""
         first, *others = ((self.settings(path), self.own.get(module_name(path))) for path in paths)
@@ -134,13 +125,14 @@ class Decoder:
         if layer.parameters is None:
             return layer.tensors["weight"]
         weight = quantization.dequantize(layer.tensors, layer.parameters, dtype or self.dtype)
-        self._count(layer.tensors, Decoded({"weight": weight}, None, why))
-        return weight
+        return self._count(layer.tensors, Decoded({"weight": weight}, None, why)).tensors["weight"]
 
-    def _count(self, stored: Tensors, decoded: Decoded) -> None:
-        self._reasons[decoded.why_float or ""] = None
-        self._before += sum(array.nbytes for array in stored.values())
-        self._after += decoded.tensors["weight"].nbytes
+    def _count(self, stored: Tensors, decoded: Decoded) -> Decoded:
+        if decoded.why_float:
+            self._reasons[decoded.why_float] = None
+            self._before += sum(array.nbytes for array in stored.values())
+            self._after += decoded.tensors["weight"].nbytes
+        return decoded
 
     def report(self) -> None:
         """Log once what became float, and what that costs."""

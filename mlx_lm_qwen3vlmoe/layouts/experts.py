@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, beyond, series, shape_error
 from ..quantization import Decoded, Tensors
@@ -18,6 +19,41 @@ from .stacking import PROJECTIONS, Layers, Part, missing, rejoined, split, stack
 
 _EXPERT = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down|gate_up)_proj)")
 _FUSED = re.compile(r"(.+\.mlp)\.experts\.(gate_up_proj|down_proj)")
+
+
+class Layout(NamedTuple):
+    """A row of the table of layouts in docs/checkpoints.md: its name in `inspect`, and its tensors."""
+
+    name: str
+    tensors: str
+
+
+IN_OUT = Layout(
+    "fused experts, [experts, in, out] (official release, transformers 4.57)",
+    "`experts.gate_up_proj [E, H, 2I]`, `experts.down_proj [E, I, H]`",
+)
+OUT_IN = Layout(
+    "fused experts, [experts, out, in] (transformers 5.2 or newer)",
+    "`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`",
+)
+MISCUT = Layout(
+    "one tensor an expert, cut along the wrong axis (transformers 5.0, 5.1)",
+    "`experts.0.gate_proj.weight [H/2, 2I]`, … `down_proj.weight [I, H]`",
+)
+SINGLE = Layout(
+    "one tensor an expert",
+    "`experts.0.gate_proj.weight [I, H]`, … `down_proj.weight [H, I]`; or `experts.gate_proj.0.weight`, …",
+)
+GATE_UP = Layout(
+    "one tensor an expert, gate and up in one (AutoRound)",
+    "`experts.gate_up_projs.0.qweight`, `experts.down_projs.0.qweight`",
+)
+STACKED = Layout(
+    "stacked experts (mlx-lm, mlx-vlm)",
+    "`switch_mlp.gate_proj.weight`, with `.scales` and `.biases` if quantized",
+)
+LAYOUTS = (IN_OUT, OUT_IN, MISCUT, SINGLE, GATE_UP, STACKED)
+ONE_BY_ONE = (MISCUT, SINGLE, GATE_UP)
 
 
 class Experts:
@@ -65,6 +101,18 @@ class Experts:
                 name = f"{self.mlp}.experts.{min(extra)}.{projection}.weight"
                 raise beyond(name, "expert", min(extra), experts, "num_experts")
 
+    def layout(self, sizes: dict[str, Any]) -> Layout:
+        """As the shapes of stored weights tell; those that a tool packed tell it only once they are decoded."""
+        stored = self.fused | {name: next(iter(found.values())) for name, found in self.single.items()}
+        shapes = {name: list(tensors["weight"].shape) for name, tensors in stored.items() if "weight" in tensors}
+        gate_up, gate, down = (shapes.get(name, []) for name in ("gate_up_proj", "gate_proj", "down_proj"))
+        if self.fused:
+            return IN_OUT if _inputs_first(gate_up, down) else OUT_IN
+        if "gate_up_proj" in self.single:
+            return GATE_UP
+        h, i = sizes.get("hidden_size"), sizes.get("moe_intermediate_size")
+        return MISCUT if down == [i, h] and gate == [down[1] // 2, 2 * down[0]] else SINGLE
+
     def in_out(self, sizes: dict[str, Any]) -> bool | None:
         """How fused experts are stored; None for others, or where one of the two tensors is not there."""
         fused = len(self.fused) == 2 and all("weight" in tensors for tensors in self.fused.values())
@@ -92,6 +140,14 @@ class Experts:
             for projection, experts in self.single.items()
         }
         return unstack(self.mlp, shapes, sizes)
+
+
+def layout_of(layers: Layers, sizes: dict[str, Any]) -> Layout | None:
+    """How the first experts of a checkpoint are stored; None without experts. Raises `CheckpointError`."""
+    others, found = gather(layers)
+    if found:
+        return found[0].layout(sizes)
+    return STACKED if any(".switch_mlp." in path for path in others) else None
 
 
 def gather(layers: Layers) -> tuple[Layers, list[Experts]]:
@@ -137,24 +193,29 @@ def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
     tensors that contradict each other are nobody's.
     """
     e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
-    found: dict[str, bool | None] = {}
+    in_out = _inputs_first(*(fused[name]["weight"].shape for name in ("gate_up_proj", "down_proj")))
+    contradicting = False
     for name, shape in (("gate_up_proj", (e, h, 2 * i)), ("down_proj", (e, i, h))):
         swapped = (*shape[:-2], shape[-1], shape[-2])
         stored = fused[name]["weight"].shape
         if stored not in (shape, swapped):
-            sizes = {"num_experts": e, "hidden_size": h, "moe_intermediate_size": math.prod(shape) // (e * h)}
+            fields = {"num_experts": e, "hidden_size": h, "moe_intermediate_size": math.prod(shape) // (e * h)}
             changed = len(stored) == 3 and sorted(stored) != sorted(shape)
-            wrong = [field for field, size in sizes.items() if changed and size not in stored]
+            wrong = [field for field, size in fields.items() if changed and size not in stored]
             expected = f"the shape {series(dict.fromkeys([str(list(shape)), str(list(swapped))]))}"
             raise shape_error(f"{mlp}.experts.{name}.weight", expected, list(stored), wrong)
-        found[name] = None if shape == swapped else stored == shape
-    told = {name: in_out for name, in_out in found.items() if in_out is not None}
-    if len(set(told.values())) > 1:
-        shapes = (str(list(fused[name]["weight"].shape)) for name in found)
+        contradicting |= stored != (shape if in_out else swapped)
+    if contradicting:
+        shapes = (str(list(fused[name]["weight"].shape)) for name in ("gate_up_proj", "down_proj"))
         raise CheckpointError(
-            tuple(f"{mlp}.experts.{name}.weight" for name in found),
+            (f"{mlp}.experts.gate_up_proj.weight", f"{mlp}.experts.down_proj.weight"),
             "both [experts, in, out] or both [experts, out, in]",
             " and ".join(shapes),
             "No known tool writes one of each. Was one of the two transposed by hand?",
         )
-    return next(iter(told.values()))
+    return in_out
+
+
+def _inputs_first(gate_up: Sequence[int], down: Sequence[int]) -> bool:
+    """``[E, H, 2I]`` and ``[E, I, H]``: H is the inputs of gate and up, and the outputs of down."""
+    return gate_up[1:2] == down[2:3]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import MISSING_FILE, MissingTensorError, differing, shape_error
-from ..quantization import Decoded, Tensors, is_foreign
+from ..quantization import Decoded, Tensors, halves, is_foreign
 from ..runtime.backend import as_out_in
 from ..runtime.lazy import in_pieces
 from .decoder import Decoder
@@ -60,8 +60,8 @@ def split(mlp: str, fused: Layers, in_out: bool, e: int, decoder: Decoder) -> di
         path, tensors = f"{mlp}.experts.{name}", {suffix: _of_each(array, e) for suffix, array in tensors.items()}
         projections = PROJECTIONS[:2] if name == "gate_up_proj" else PROJECTIONS[2:]
         # Codes are cut before they are decoded, if they can be: what waits for the other half is then small.
-        halves = decoder.halves(path, tensors, axis) if name == "gate_up_proj" else None
-        found = [_decoded(path, each, e, decoder) for each in halves or [tensors]]
+        pair = halves(tensors, axis, decoder.settings(path)) if name == "gate_up_proj" else None
+        found = [_decoded(path, each, e, decoder) for each in pair or [tensors]]
         if in_out:  # MLX packs along the last axis, so what is turned below has to be floats
             found = [Decoded({"weight": decoder.as_float(each, "experts stored as [in, out]")}) for each in found]
         if len(found) < len(projections):

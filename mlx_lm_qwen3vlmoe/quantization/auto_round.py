@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..errors import check_kinds, shown
 from . import awq, compressed_tensors, fp8, gptq
 from .affine import affine
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import Decoded, Layer
 from .microscaling import fp4_in_groups
 from .numbers import e5m3, e8m0
@@ -37,10 +37,10 @@ class AutoRound(Family):
         *("weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"),
     )
     formats = (
-        Format("AutoRound, 2 to 8 bits", "`qweight`, by `packing_format`", "affine; 7 bits as 8", "packed"),
-        Format("AutoRound MXINT4", "MXFP4's tensors, with `data_type` `mx_int`", "affine, 4 bits", "packed"),
-        Format("AutoRound NVFP4, MXFP4, MXFP8, FP8", "as the same of other tools", "as there", "as there"),
-        Format("AutoRound NVFP4 with E5M3 scales", "`packing_format` `…_nvfp4_e5m3`", "float", "16 bits"),
+        "AutoRound, 2 to 8 bits | `qweight`, by `packing_format` | affine; 7 bits as 8 | packed",
+        "AutoRound MXINT4 | MXFP4's tensors, with `data_type` `mx_int` | affine, 4 bits | packed",
+        "AutoRound NVFP4, MXFP4, MXFP8, FP8 | as the same of other tools | as there | as there",
+        "AutoRound NVFP4 with E5M3 scales | `packing_format` `…_nvfp4_e5m3` | float | 16 bits",
     )
     turned = gptq.Gptq.turned
 

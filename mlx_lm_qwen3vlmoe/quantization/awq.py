@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ..errors import check_kinds, series, shown
 from .affine import affine, with_biases
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import Decoded, Layer
 from .packing import codes, pack, transpose_nibbles, transpose_stream, unpack, unpack_outputs
 
@@ -29,12 +29,7 @@ class Awq(Family):
     detail = "version"
     marks = ("qweight", "qzeros")
     formats = (
-        Format(
-            "AWQ, 4 bits, any `version`: `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin`",
-            "`qweight` with `quant_method` `awq`",
-            "affine, 4 bits",
-            "packed",
-        ),
+        "AWQ `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin` | `qweight`, by `quant_method` | affine, 4 bits | packed",
     )
 
     def check(self, description: Description) -> None:
@@ -160,10 +155,4 @@ def _marlin_order() -> tuple[int, ...]:
 
 _MARLIN_SCALES = tuple(i + 8 * j for i in range(8) for j in range(8))
 _MARLIN_CHANNELS = tuple(2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25))
-_VERSIONS = {
-    "gemm": _gemm,
-    "exllama": _gemm,
-    "gemv": _gemv,
-    "gemv_fast": _gemv_fast,
-    "marlin": _marlin,
-}
+_VERSIONS = {"gemm": _gemm, "exllama": _gemm, "gemv": _gemv, "gemv_fast": _gemv_fast, "marlin": _marlin}

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..errors import shown
 from .affine import regroup, signed
-from .family import Family, Format
+from .family import Family
 from .layer import Decoded, Layer
 
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
@@ -37,8 +37,8 @@ class BitsAndBytes(Family):
     detail = ""  # its description names a type of four bits for int8, too
     marks = ("SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
     formats = (
-        Format("bitsandbytes int8", "`SCB`", "affine, 8 bits", "packed"),
-        Format("bitsandbytes nf4 and fp4, double quantized too", "`weight.quant_state.…`", "float", "16 bits"),
+        "bitsandbytes int8 | `SCB` | affine, 8 bits | packed",
+        "bitsandbytes nf4 and fp4, double quantized too | `weight.quant_state.…` | float | 16 bits",
     )
 
     def decode(self, layer: Layer) -> Decoded:

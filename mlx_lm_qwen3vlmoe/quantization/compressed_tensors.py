@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from . import fp8
 from .affine import BITS, affine
-from .family import Description, Family, Format
+from .family import Description, Family
 from .gptq import in_order
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
@@ -34,10 +34,10 @@ from .schemes import (
     block_of,
     check,
     grid_of,
+    is_named,
     of_each_output,
     scheme_of_words,
     schemes_for,
-    settings,
     shared_by,
     width_of,
 )
@@ -48,20 +48,10 @@ class CompressedTensors(Family):
     detail = "format"
     marks = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
     formats = (
-        Format(
-            "compressed-tensors `pack-quantized`",
-            "`weight_packed` in int32",
-            "affine; in act-order float",
-            "packed; 16 bits",
-        ),
-        Format("compressed-tensors `int-quantized`", "`weight` in int8", "affine, 8 bits", "packed"),
-        Format(
-            "MXFP4 of compressed-tensors and ModelOpt",
-            "`weight_scale` in uint8 for 32 weights of 4 bits",
-            "`mxfp4`",
-            "packed",
-        ),
-        Format("MXFP8", "`weight` in e4m3, `weight_scale` in uint8 for 32 weights", "`mxfp8`", "packed"),
+        "compressed-tensors `pack-quantized` | `weight_packed` in int32 | affine; in act-order float | packed; 16 bits",
+        "compressed-tensors `int-quantized` | `weight` in int8 | affine, 8 bits | packed",
+        "MXFP4 of compressed-tensors and ModelOpt | uint8 `weight_scale` for 32 weights of 4 bits | `mxfp4` | packed",
+        "MXFP8 | `weight` in e4m3, `weight_scale` in uint8 for 32 weights | `mxfp8` | packed",
     )
     undescribed = ("weight_global_scale",)
 
@@ -69,7 +59,12 @@ class CompressedTensors(Family):
         check(description)
 
     def settings(self, description: Description, name: str) -> Description:
-        return settings(description, name)
+        """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
+        described = (description.get("config_groups") or {}).values()
+        groups = [group for group in described if group and group.get("weights")]
+        named = [group["weights"] for group in groups if any(is_named(t, name) for t in group.get("targets") or [])]
+        schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+        return {**description, "schemes": schemes}
 
     def decode(self, layer: Layer) -> Decoded:
         if layer.has("weight_packed", mx.int32, mx.uint32):

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 from .layer import Decoded, Layer, Tensors
 
 Description = dict[str, Any]  # of a checkpoint, or what it says of one layer
-
-
-class Format(NamedTuple):
-    """A row of the table of formats in docs/checkpoints.md."""
-
-    name: str
-    recognized_by: str
-    becomes: str
-    in_memory: str
 
 
 class Family(ABC):
@@ -27,7 +18,7 @@ class Family(ABC):
         detail: the field of the description that tells the format, for `inspect`; empty if it is nested.
         marks: suffixes of tensors that mark a layer as quantized, whatever the description says: tools leave layers
             unquantized that their description names, and vice versa.
-        formats: its rows in docs/checkpoints.md.
+        formats: its rows of the table in docs/checkpoints.md: format, recognized by, becomes, in memory.
         undescribed: those of the marks that tell the family where there is no description.
         turned: suffixes of large tensors whose last two axes `decode` swaps; they are stacked that way at once.
     """
@@ -35,7 +26,7 @@ class Family(ABC):
     methods: tuple[str, ...]
     detail: str
     marks: tuple[str, ...]
-    formats: tuple[Format, ...]
+    formats: tuple[str, ...]
     undescribed: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
 

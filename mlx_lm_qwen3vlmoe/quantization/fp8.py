@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import check_block, series
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import IGNORED, Decoded, Layer, Tensors
 from .microscaling import mxfp8
 from .numbers import e4m3, e8m0, has_mode, loaded_e4m3
@@ -29,17 +29,13 @@ class Fp8(Family):
     detail = "fmt"
     marks = ("weight_scale_inv", "weight_scale")
     formats = (
-        Format(
-            "FP8 of the official releases, transformers, ModelOpt and compressed-tensors",
-            "`weight` in e4m3, with float scales for the tensor, the channel or the block",
-            "float",
-            "16 bits",
+        (
+            "FP8 of the official releases, transformers, ModelOpt and compressed-tensors | "
+            "`weight` in e4m3, with float scales for the tensor, the channel or the block | float | 16 bits"
         ),
-        Format(
-            "FP8 in blocks with power-of-two scales",
-            "e4m3, with scales in E8M0",
-            "`mxfp8`, with scales repeated; experts fused as `[E, in, out]` float",
-            "packed; 16 bits",
+        (
+            "FP8 in blocks with power-of-two scales | e4m3, with scales in E8M0 | "
+            "`mxfp8`, with scales repeated; experts fused as `[E, in, out]` float | packed; 16 bits"
         ),
     )
     undescribed = ("weight_scale_inv",)

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from ..errors import check_kinds, series
 from .affine import affine, group_size_of, ungrouped
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import Decoded, Layer
 from .packing import pack, unpack, unpack_planes
 
@@ -34,13 +34,8 @@ class Gptq(Family):
     detail = "checkpoint_format"
     marks = ("qweight", "qzeros", "g_idx")
     formats = (
-        Format(
-            "GPTQ, 2 to 8 bits: `gptq`, `gptq_v2`, `gptq_p`",
-            "`qweight`, by `quant_method`",
-            "affine; 7 bits as 8",
-            "packed",
-        ),
-        Format("GPTQ in act-order", "the same, and a `g_idx` that is out of order", "float", "16 bits"),
+        "GPTQ, 2 to 8 bits: `gptq`, `gptq_v2`, `gptq_p` | `qweight`, by `quant_method` | affine; 7 bits as 8 | packed",
+        "GPTQ in act-order | the same, and a `g_idx` that is out of order | float | 16 bits",
     )
     turned = ("qweight",)
 

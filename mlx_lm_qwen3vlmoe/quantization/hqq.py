@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..errors import series
 from .affine import affine, regroup
-from .family import Family, Format
+from .family import Family
 from .layer import Decoded, Layer
 from .packing import pack
 
@@ -40,8 +40,8 @@ class Hqq(Family):
     detail = ""  # its description is nested
     marks = ("W_q", "scale", "zero", *_NUMBERS, *_OF_NO_USE)
     formats = (
-        Format("HQQ, 2, 3, 4, 5, 6 or 8 bits", "`W_q`", "affine", "packed"),
-        Format("HQQ along the other axis, or in groups of 8 or 16", "the same, with `axis` 0", "float", "16 bits"),
+        "HQQ, 2, 3, 4, 5, 6 or 8 bits | `W_q` | affine | packed",
+        "HQQ along the other axis, or in groups of 8 or 16 | the same, with `axis` 0 | float | 16 bits",
     )
 
     def decode(self, layer: Layer) -> Decoded:

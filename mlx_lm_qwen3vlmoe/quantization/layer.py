@@ -136,12 +136,9 @@ class Layer:
     def number(self, suffix: str) -> mx.array:
         """One float for the whole layer, as ``stack_shape + (1, 1)`` in float32."""
         array = self.floats(suffix)
-        return self.check_one(suffix, array).astype(mx.float32).reshape(*self.stack_shape, 1, 1)
-
-    def check_one(self, suffix: str, array: mx.array) -> mx.array:
         if any(axis != 1 for axis in self.shape(array)):
             raise self.error(suffix, "one number", f"the shape {list(self.shape(array))}")
-        return array
+        return array.astype(mx.float32).reshape(*self.stack_shape, 1, 1)
 
     def check(self, suffix: str, array: mx.array, *shapes: tuple[int, ...]) -> mx.array:
         if self.shape(array) not in shapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import check_kinds
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import Decoded, Layer
 from .packing import unpack
 
@@ -19,8 +19,8 @@ class Metal(Family):
     detail = "bits"
     marks = ("qbiases",)
     formats = (
-        Format("metal of transformers, 2, 4 or 8 bits", "`qbiases`", "affine", "packed"),
-        Format("metal, groups of 16", "the same, with `group_size` 16", "float", "16 bits"),
+        "metal of transformers, 2, 4 or 8 bits | `qbiases` | affine | packed",
+        "metal, groups of 16 | the same, with `group_size` 16 | float | 16 bits",
     )
 
     def check(self, description: Description) -> None:

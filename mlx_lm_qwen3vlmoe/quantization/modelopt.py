@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..errors import check_kinds, series, shown
 from . import fp8, schemes
 from .affine import affine, dequantize
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp8, nvfp4
 from .packing import pack
@@ -34,14 +34,12 @@ class ModelOpt(Family):
     detail = "quant_algo"
     marks = ("weight_scale", "weight_scale_2", "pre_quant_scale")
     formats = (
-        Format(
-            "NVFP4 of compressed-tensors and ModelOpt",
-            "`weight_global_scale`, or `weight_scale_2`",
-            "experts: `nvfp4` on a GPU with mlx-lm 0.32.1 or newer; else float",
-            "packed; 16 bits",
+        (
+            "NVFP4 of compressed-tensors and ModelOpt | `weight_global_scale`, or `weight_scale_2` | "
+            "experts: `nvfp4` on a GPU with mlx-lm 0.32.1 or newer; else float | packed; 16 bits"
         ),
-        Format("ModelOpt W8A16 and W4A16_AWQ", "`weight` in int8 or uint8, float32 `weight_scale`", "affine", "packed"),
-        Format("ModelOpt's AWQ forms", "`pre_quant_scale`", "float", "16 bits"),
+        "ModelOpt W8A16 and W4A16_AWQ | `weight` in int8 or uint8, float32 `weight_scale` | affine | packed",
+        "ModelOpt's AWQ forms | `pre_quant_scale` | float | 16 bits",
     )
     undescribed = ("weight_scale_2",)
 

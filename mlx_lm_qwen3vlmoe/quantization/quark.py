@@ -25,7 +25,7 @@ import mlx.core as mx
 from ..errors import check_kinds, description_error, shown
 from . import fp8
 from .affine import affine
-from .family import Description, Family, Format
+from .family import Description, Family
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, nvfp4
 from .packing import AWQ, PLAIN, pack, transpose_nibbles, unpack_outputs
@@ -36,13 +36,11 @@ class Quark(Family):
     detail = "version"
     marks = ("weight_scale", "weight_scale_2", "weight_zero_point", "weight_zero_point_2")
     formats = (
-        Format("Quark MXFP4", "`weight` in uint8, by `quantization_config`", "`mxfp4`", "packed"),
-        Format("Quark MXFP6, E2M3 and E3M2", "the same", "`mxfp8`", "packed"),
-        Format("Quark INT8 and UINT8", "`weight` in 8-bit integers", "affine, 8 bits", "packed"),
-        Format(
-            "Quark INT4 and UINT4, by group or channel, over FP8 too", "`weight` in int32", "affine, 4 bits", "packed"
-        ),
-        Format("Quark FP8 and NVFP4", "as the same of other tools", "as there", "as there"),
+        "Quark MXFP4 | `weight` in uint8, by `quantization_config` | `mxfp4` | packed",
+        "Quark MXFP6, E2M3 and E3M2 | the same | `mxfp8` | packed",
+        "Quark INT8 and UINT8 | `weight` in 8-bit integers | affine, 8 bits | packed",
+        "Quark INT4 and UINT4, by group or channel, over FP8 too | `weight` in int32 | affine, 4 bits | packed",
+        "Quark FP8 and NVFP4 | as the same of other tools | as there | as there",
     )
 
     def check(self, description: Description) -> None:

@@ -43,15 +43,8 @@ def check(config: dict[str, Any]) -> None:
         check_block(f"{where}weights.", weights, "block_structure")
 
 
-def settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
-    groups = [group for group in (config.get("config_groups") or {}).values() if group and group.get("weights")]
-    named = [group["weights"] for group in groups if any(_named(t, name) for t in group.get("targets") or [])]
-    schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
-    return {**config, "schemes": schemes}
-
-
-def _named(target: Any, name: str) -> bool:
+def is_named(target: Any, name: str) -> bool:
+    """Whether a target of ``config_groups`` is this layer."""
     if not str(target).startswith("re:"):
         return target == name
     try:

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from . import fp8
 from .affine import BITS, signed
-from .family import Family, Format
+from .family import Family
 from .layer import Decoded, Layer
 from .numbers import loaded_e4m3
 
@@ -32,8 +32,8 @@ class TorchAo(Family):
     detail = ""  # its description is nested
     marks = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
     formats = (
-        Format("torchao int8 and intx, 1 to 8 bits", "`_weight_qdata` in int8", "affine", "packed"),
-        Format("torchao float8", "`_weight_qdata` in e4m3", "float", "16 bits"),
+        "torchao int8 and intx, 1 to 8 bits | `_weight_qdata` in int8 | affine | packed",
+        "torchao float8 | `_weight_qdata` in e4m3 | float | 16 bits",
     )
 
     def decode(self, layer: Layer) -> Decoded:

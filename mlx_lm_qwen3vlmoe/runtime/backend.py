@@ -13,13 +13,13 @@ Read from the ``GatherMM`` of MLX's backends (https://github.com/ml-explore/mlx/
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -99,36 +99,75 @@ def _packed(module: Any) -> bool:
 class SwitchGLU(switch_layers.SwitchGLU):
     """The host's experts of one layer, on the CPU: multiplied in float32, with results in the dtype of ``x``.
 
-    16-bit weights are cast when they are first used, not when a checkpoint is loaded: what is only converted, quantized
-    or saved takes no memory for it. The float32 copies lie beside the parameters, where nothing looks, and take the
-    place of what is stored for the time of a call.
+    16-bit weights are cast inside the call, which keeps no copy and changes no module: whoever edits, replaces, saves
+    or quantizes them, in whatever thread, finds what is stored.
     """
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        stored = []
-        try:
-            for linear in _experts(self):
-                wide, narrow = _copied(linear)
-                stored.append((linear, narrow))
-                linear["weight"] = wide
-            return super().__call__(x.astype(mx.float32), indices).astype(x.dtype)
-        finally:
-            for linear, narrow in stored:
-                linear["weight"] = narrow
+        wide: Any = copy.copy(self)
+        for name, child in self.items():
+            wide[name] = _in_float32(child)
+        y: mx.array = switch_layers.SwitchGLU.__call__(wide, x.astype(mx.float32), indices)
+        return y.astype(x.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _Copy:
-    """A float32 copy, and the array of which it is one. It stays behind where its layer is copied or pickled."""
+def _in_float32(module: Any) -> Any:
+    """What casts a 16-bit projection for one call, also of one that LoRA has wrapped; any other module as it is.
 
-    stored: mx.array
-    wide: mx.array
+    What other programs wrap is theirs, and MLX casts it as a whole, since ``x`` is float32.
+    """
+    if type(module) is SwitchLinear and module["weight"].dtype != mx.float32:
+        return _Cast(module)
+    if isinstance(module, nn.Module) and "lora_a" in module:
+        module = copy.copy(module)
+        module["linear"] = _in_float32(module["linear"])
+    return module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+
+class _Cast:
+    """A 16-bit projection that is called in the place of the host's, and casts what the call uses."""
+
+    def __init__(self, linear: SwitchLinear):
+        self.linear = linear
+        _announce_cast(linear["weight"].dtype)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        weight: mx.array = self.linear["weight"]
+        turned = _turned(weight)
+        if turned is None:
+            return self.linear(x, indices, sorted_indices=sorted_indices)  # MLX casts all of it, in a slow order
+        rows = weight.swapaxes(-1, -2) if turned else weight  # as it lies in memory: a copy in another order is slow
+        # All experts cost about four times their number of single ones: most of it is fresh pages. In training, single
+        # ones would cost more: the gradient of each is as large as that of all.
+        few = indices.size <= 4 * len(weight) and not self.linear.training and "bias" not in self.linear
+        if few:
+            return _one_by_one(x, rows, turned, indices)
+        wide = mx.contiguous(rows).astype(mx.float32)  # two steps, which are faster than one
+        linear: Any = copy.copy(self.linear)
+        linear["weight"] = wide.swapaxes(-1, -2) if turned else wide
+        return linear(x, indices, sorted_indices=sorted_indices)
+
+
+def _one_by_one(x: mx.array, rows: mx.array, turned: bool, indices: mx.array) -> mx.array:
+    """The products that ``gather_mm`` has, of which each casts one expert and forgets it."""
+    tokens = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:])).flatten(0, -3)
+    products = []
+    for n, expert in enumerate(mx.split(indices.flatten(), indices.size)):
+        wide = mx.slice(rows, expert, [0], (1, *rows.shape[1:]))[0].astype(mx.float32)
+        products.append(tokens[n] @ (wide if turned else wide.T))
+    return mx.stack(products).reshape(*indices.shape, *products[0].shape)
+
+
+def _turned(weight: mx.array) -> bool | None:
+    """Whether ``[E, out, in]`` lies in memory as ``[E, in, out]``; None where there are no values to lie there yet."""
+    if planning():
         return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+    try:
+        buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
+        strides: Any = memoryview(buffer).strides
+    except (RuntimeError, ValueError):  # traced by mx.compile
+        return None
+    return bool(strides[-2] < strides[-1])
 
 
 def adapt(model: nn.Module) -> None:
@@ -139,68 +178,10 @@ def adapt(model: nn.Module) -> None:
                 module.__class__ = SwitchGLU
 
 
-def let_go(model: nn.Module) -> None:
-    """Free the float32 copies; the next call makes new ones."""
-    for module in model.modules():
-        vars(module).pop("_copy", None)
-
-
-def narrow(model: nn.Module) -> list[SwitchLinear]:
-    """The experts of a model that are cast when they are first used."""
-    return [linear for m in model.modules() if isinstance(m, SwitchGLU) for linear in _experts(m)]
-
-
-def _experts(glu: nn.Module) -> Iterator[SwitchLinear]:
-    """The 16-bit projections, also those that a LoRA layer or a calibration has wrapped."""
-    for child in glu.values():
-        if isinstance(child, nn.Module) and "scales" not in child:
-            for module in [child] if isinstance(child, SwitchLinear) else child.modules():
-                if isinstance(module, SwitchLinear) and module["weight"].dtype != mx.float32:
-                    yield module
-
-
-def _copied(linear: SwitchLinear) -> tuple[mx.array, mx.array]:
-    """A weight in float32, and what to store of it: as it is, it would be in memory twice, so it is a cast of the copy.
-
-    That is exact, and costs nothing until somebody saves it or quantizes it.
-    """
-    stored: mx.array = linear["weight"]
-    copy = vars(linear).get("_copy")
-    if copy is None or copy.stored is not stored:  # loaded, trained, fused or moved meanwhile
-        copy = vars(linear)["_copy"] = None  # before the next takes memory
-        wide = _widened(stored)
-        if wide is None:
-            return stored.astype(mx.float32), stored
-    else:
-        wide = copy.wide
-    stored = wide.astype(stored.dtype)
-    vars(linear)["_copy"] = _Copy(stored, wide)
-    return wide, stored
-
-
-def _widened(weight: mx.array) -> mx.array | None:
-    """Evaluated in float32, contiguous in the order that it is stored in; None where there are no values yet."""
-    if _planned.get() is not None:
-        return None
-    try:
-        mx.eval(weight)
-    except (RuntimeError, ValueError):  # traced by mx.compile
-        return None
-    buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
-    strides: Any = memoryview(buffer).strides
-    _announce_cast(weight.dtype)
-    if strides[-2] < strides[-1]:
-        wide = weight.swapaxes(-1, -2).astype(mx.float32).swapaxes(-1, -2)
-    else:
-        wide = weight.astype(mx.float32)
-    mx.eval(wide)  # before the next one, so that only one is in memory twice
-    return wide
-
-
 @functools.cache
 def _announce_cast(dtype: mx.Dtype) -> None:
     logger.warning(
-        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s as they are used, and "
-        "take twice the memory. Quantized experts (mlx_lm.convert -q) run as they are.",
+        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s at every use, which "
+        "takes time. Quantized experts (mlx_lm.convert -q) run as they are, and faster.",
         str(dtype).rpartition(".")[2],
     )
