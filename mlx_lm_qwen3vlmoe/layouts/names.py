@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from ..errors import CheckpointError, MissingTensorError
+from .aliases import known_suffix
 
 MODEL_PREFIX = "language_model.model."
 EMBEDDINGS = f"{MODEL_PREFIX}embed_tokens"
@@ -32,7 +33,7 @@ _VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
 _MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
 _PROJECTION_FIRST = re.compile(rf"\.experts\.((?:gate|up|down)_proj)\.({NUMBER})\.")
 _PLURAL = re.compile(rf"\.experts\.(gate_up|down)_projs\.({NUMBER})\.")
-_FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))(?:_([a-z_]+))?")
+_FUSED = re.compile(r"(.+\.mlp\.experts\.)(_?)(gate_up_proj|down_proj)(_[a-z_]+)?")
 _NUMBERS = re.compile(rf"(?<=\.){NUMBER}(?=\.)")
 _MAIN = ("weight", "qweight", "weight_packed", "_weight_qdata", "W_q")  # what the other tensors of a layer belong to
 # What else is in the folders of checkpoints, and what to do. The last one fits any name.
@@ -101,15 +102,15 @@ def layer_and_suffix(name: str) -> tuple[str, str]:
     """A tensor's name in two: the layer, and what it is of the layer (``weight``, ``scales``, ``weight.absmax``).
 
     Fused experts have no ``.weight``: ``gate_up_proj`` is their weight, ``gate_up_proj_scale_inv`` its
-    ``weight_scale_inv``.
+    ``weight_scale_inv``, ``_gate_up_proj_qdata`` its ``_weight_qdata``. What tools call otherwise is in `aliases`.
     """
     layer, _, suffix = name.rpartition(".")
     if layer.endswith(".mlp.experts") and (match := _FUSED.fullmatch(name)):
-        return match[1], f"weight_{match[2]}" if match[2] else "weight"
+        return known_suffix(match[1] + match[3], f"{match[2]}weight{match[4] or ''}")
     if ".weight." in name:  # bitsandbytes
         layer, _, suffix = name.partition(".weight.")
         return layer, f"weight.{suffix}"
-    return layer, suffix
+    return known_suffix(layer, suffix)
 
 
 def tensor_name(path: str, suffix: str) -> str:
