@@ -126,9 +126,12 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
     """
     decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config)
     others, found = gather(layers)
+    excused = () if complete else (MissingTensorError,)
+    for experts in found:
+        with contextlib.suppress(*excused):
+            experts.unfold(args.text_config["num_experts"], decoder)
     check_orientations(found, args.text_config)
     decoded: dict[str, Decoded] = {}
-    excused = () if complete else (MissingTensorError,)
     for path, tensors in others.items():
         with contextlib.suppress(*excused):
             decoded[path] = decoder(path, tensors)

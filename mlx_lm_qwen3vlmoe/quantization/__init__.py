@@ -25,7 +25,8 @@ from .gptq import ACT_ORDER
 from .layer import IGNORED, Decoded, Layer, Parameters, Tensors
 
 __all__ = ["ACT_ORDER", "FAMILIES", "IGNORED", "Decoded", "Layer", "Parameters", "Tensors", "common", "decode"]
-__all__ += ["dequantize", "halves", "is_foreign", "layer_settings", "read_description", "title", "turned"]
+__all__ += ["dequantize", "fused", "halves", "is_foreign", "layer_settings", "read_description", "stacks", "title"]
+__all__ += ["turned"]
 
 FAMILIES: tuple[Family, ...] = (
     auto_round.AutoRound(),
@@ -104,6 +105,19 @@ def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tenso
     """Fused experts cut in two along an axis of the weight, -1 or -2; None if they have to be decoded before that."""
     family = _family(tensors, settings)
     return family.halves(tensors, axis, settings) if family else None
+
+
+def fused(layer: Layer, experts: int) -> tuple[Tensors, tuple[int, ...] | None]:
+    """The tensors of fused experts with an axis for the experts in front of each, and their shape: `Family.fused`."""
+    if family := _family(layer.tensors, layer.settings):
+        return family.fused(layer, experts)
+    return layer.tensors, layer.tensors["weight"].shape if "weight" in layer.tensors else None
+
+
+def stacks(tensors: Tensors, settings: dict[str, Any]) -> bool:
+    """Whether alike layers with such tensors can be decoded as one stack."""
+    family = _family(tensors, settings)
+    return not family or family.stacks(tensors)
 
 
 def _family(tensors: Tensors, settings: dict[str, Any]) -> Family | None:

@@ -42,6 +42,21 @@ class Family(ABC):
         """What the description says of a layer; ``name`` as transformers has it, ``model.language_model.layers.…``."""
         return description
 
+    def fused(self, layer: Layer, experts: int) -> tuple[Tensors, tuple[int, ...] | None]:
+        """The tensors of fused experts, each with an axis for the experts in front, and the shape of the floats.
+
+        Args:
+            layer: the experts as they are stored, without such an axis; its ``host_shape`` is that of one expert.
+
+        Returns:
+            No shape where the weight is missing.
+        """
+        return layer.tensors, layer.tensors["weight"].shape if "weight" in layer.tensors else None
+
+    def stacks(self, tensors: Tensors) -> bool:
+        """Whether layers with such tensors, of the same shapes, can be decoded as one stack."""
+        return True
+
     def halves(self, tensors: Tensors, axis: int, settings: Description) -> tuple[Tensors, Tensors] | None:
         """Fused experts cut in two along an axis of the weight, -1 or -2, if each half decodes by itself.
 
