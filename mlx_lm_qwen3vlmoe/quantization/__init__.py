@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, check_kinds, series, shown
-from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
+from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, hqq, metal, modelopt, quanto, quark, torchao
 from .affine import common, dequantize
 from .family import Family
 from .gptq import ACT_ORDER
@@ -34,10 +34,12 @@ FAMILIES: tuple[Family, ...] = (
     bitsandbytes.BitsAndBytes(),
     compressed_tensors.CompressedTensors(),
     fp8.Fp8(),
+    gguf.Gguf(),
     gptq.Gptq(),
     hqq.Hqq(),
     metal.Metal(),
     modelopt.ModelOpt(),
+    quanto.Quanto(),
     quark.Quark(),
     torchao.TorchAo(),
 )

@@ -59,11 +59,12 @@ class CompressedTensors(Family):
         check(description)
 
     def settings(self, description: Description, name: str) -> Description:
-        """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
+        """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for its class."""
         described = (description.get("config_groups") or {}).values()
         groups = [group for group in described if group and group.get("weights")]
         named = [group["weights"] for group in groups if any(is_named(t, name) for t in group.get("targets") or [])]
-        schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+        kind = "Embedding" if name.endswith("embed_tokens") else "Linear"
+        schemes = named or [group["weights"] for group in groups if kind in (group.get("targets") or [kind])]
         return {**description, "schemes": schemes}
 
     def decode(self, layer: Layer) -> Decoded:

@@ -3,7 +3,7 @@
 ``weight […, R, C]`` e4m3. Despite its name, ``weight_scale_inv`` multiplies too. The scale is ``[]`` or ``[1]``,
 ``[R]`` or ``[R, 1]``, or ``[⌈R/b⌉, ⌈C/b⌉]`` in the orientation of the weight, with the last blocks cut short
 (ModelOpt: ``[R/b, 1, C/b, 1]``). Blocks with e8m0 scales (powers of two) are MXFP8 with every scale repeated, and stay
-packed where 32 divides them. Sources: ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors
+packed where 32 divides them. GPTQModel's ``weight_scale_semantics`` ``inverse`` means that ``weight_scale_inv`` divides. Sources: ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors
 0.19, ModelOpt 0.47.
 """
 
