@@ -18,9 +18,24 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, check_kinds, series, shown
-from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, hqq, metal, modelopt, quanto, quark, torchao
+from . import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    gptq,
+    hqq,
+    metal,
+    modelopt,
+    quanto,
+    quark,
+    torchao,
+)
 from .affine import common, dequantize
 from .family import Family
+from .fields import check_fields
 from .gptq import ACT_ORDER
 from .layer import IGNORED, Decoded, Layer, Parameters, Tensors
 
@@ -63,7 +78,9 @@ def read_description(config: dict[str, Any]) -> dict[str, Any]:
             "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q.",
         )
     check_kinds("", config, bits=int, sparsity_config=dict)
-    _BY_METHOD[method].check(config)
+    family = _BY_METHOD[method]
+    family.check(config)
+    check_fields(family.parts(config))
     sparsity = config.get("sparsity_config") or {}
     for field, value in (
         ("transform_config", config.get("transform_config")),

@@ -30,6 +30,10 @@ class Awq(Family):
     methods = ("awq",)
     detail = "version"
     marks = ("qweight", "qzeros", "scaled_zeros")
+    fields = (
+        *("bits", "group_size", "zero_point", "version", "checkpoint_format", "format", "sym", "desc_act", "data_type"),
+        *("w_bit", "q_group_size", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"),
+    )
     formats = (
         (
             "AWQ `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin`, `llm-awq` | `qweight`, by `quant_method` | "

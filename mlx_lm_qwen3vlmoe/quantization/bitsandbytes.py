@@ -36,6 +36,12 @@ class BitsAndBytes(Family):
     methods = ("bitsandbytes",)
     detail = ""  # its description names a type of four bits for int8, too
     marks = ("SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
+    fields = (
+        *("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_storage"),
+        *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "llm_int8_threshold"),
+        *("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"),
+        *("bits", "block_size", "group_size", "compress_statistics", "format", "checkpoint_format", "desc_act", "sym"),
+    )
     formats = (
         "bitsandbytes int8 | `SCB` | affine, 8 bits | packed",
         "bitsandbytes nf4 and fp4, double quantized too | `weight.quant_state.…` | float | 16 bits",
@@ -151,7 +157,9 @@ def _described(layer: Layer, state: str, shapes: list[tuple[int, ...]]) -> dict[
         raise layer.error(state, "JSON", "other bytes") from None
     known = [list(shape) for shape in shapes]
     if not isinstance(found, dict) or found.get("shape") not in known:
-        raise layer.error(state, f"the shape {series(known)}", shown(found.get("shape") if isinstance(found, dict) else found))
+        raise layer.error(
+            state, f"the shape {series(known)}", shown(found.get("shape") if isinstance(found, dict) else found)
+        )
     nested = layer.has(_NESTED[0])
     for field in ("blocksize", "nested_blocksize")[: 1 + nested]:
         if type(found.get(field)) is not int or found[field] < 1:

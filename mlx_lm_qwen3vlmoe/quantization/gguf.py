@@ -1,8 +1,8 @@
 """GGUF's Q4_0 in safetensors, as GPTQModel writes it: ``w = d * (q - 8)``, 32 neighbors along *in* with one ``d``.
 
 ``qweight [out, 18 * in / 32]`` bytes: of each block first ``d`` in float16, then 16 bytes, whose low nibbles are the
-first 16 values and whose high ones the others. GGUF's other types are not known here. Source: ``nn_modules/qlinear/gguf.py``
-of GPTQModel 7.7, and ``block_q4_0`` of ggml.
+first 16 values and whose high ones the others. GGUF's other types are not known here. Source:
+``nn_modules/qlinear/gguf.py`` of GPTQModel 7.7, and ``block_q4_0`` of ggml.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Gguf(Family):
     methods = ("gguf",)
     detail = "checkpoint_format"
     marks = ("qweight",)
+    fields = ("bits", "checkpoint_format", "format", "desc_act", "group_size", "sym")
     formats = ("GGUF's Q4_0 by GPTQModel | `qweight` in uint8, by `quant_method` | affine, 4 bits | packed",)
 
     def decode(self, layer: Layer) -> Decoded:

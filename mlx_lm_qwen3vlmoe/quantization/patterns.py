@@ -65,9 +65,7 @@ class Pattern:
         return len(name) in _ends(self._tree, 0, 0, name, {})
 
 
-def pattern(
-    field: str, text: str, error: Callable[[str, str, object], CheckpointError] = description_error
-) -> Pattern:
+def pattern(field: str, text: str, error: Callable[[str, str, object], CheckpointError] = description_error) -> Pattern:
     """The pattern in a field; ``error`` makes the one that is raised for another text."""
     try:
         return _compiled(text)
@@ -109,21 +107,24 @@ def _ways(items: Any) -> tuple[int, float]:
 def _ends(items: Any, index: int, start: int, name: str, kept: _Kept) -> frozenset[int]:
     """Where the items of a sequence from ``index`` on can end, if they begin at ``start``."""
     while index < len(items) and items[index][0] in _SINGLE:
-        if start == len(name) or not _fits(*items[index], name[start]):
+        code, value = items[index]
+        if start == len(name) or not _fits(code, value, name[start]):
             return frozenset()
         index, start = index + 1, start + 1
     if index == len(items):
         return frozenset((start,))
     key = id(items), index, start
     if key not in kept:
-        ends = _item_ends(*items[index], start, name, kept)
+        code, value = items[index]
+        ends = _item_ends(code, value, start, name, kept)
         kept[key] = frozenset().union(*(_ends(items, index + 1, end, name, kept) for end in ends))
     return kept[key]
 
 
 def _item_ends(code: Any, value: Any, start: int, name: str, kept: _Kept) -> frozenset[int]:
     if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
-        return _repeat_ends(*value, start, name, kept)
+        least, most, body = value
+        return _repeat_ends(least, most, body, start, name, kept)
     if code is codes.BRANCH:
         return frozenset().union(*(_ends(branch, 0, start, name, kept) for branch in value[1]))
     if code is codes.SUBPATTERN and not value[1] and not value[2]:
@@ -143,7 +144,8 @@ def _repeat_ends(least: int, most: Any, body: Any, start: int, name: str, kept: 
         raise ValueError(f"with no repeat of more than {_MOST_REPEATS}")
     if len(body) == 1 and body[0][0] in _SINGLE:
         end, last = start, min(len(name), start + most)
-        while end < last and _fits(*body[0], name[end]):
+        code, value = body[0]
+        while end < last and _fits(code, value, name[end]):
             end += 1
         return frozenset(range(start + least, end + 1))
     now = frozenset((start,))

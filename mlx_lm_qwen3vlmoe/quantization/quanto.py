@@ -18,6 +18,7 @@ class Quanto(Family):
     methods = ("quanto",)
     detail = "weights"
     marks = ("weight._data", "weight._scale")
+    fields = ("weights", "activations")
     formats = ("optimum-quanto int8 | `weight._data` in int8 | affine, 8 bits | packed",)
     undescribed = ("weight._data",)
 

@@ -1,25 +1,27 @@
 """torchao, as transformers saves it: a tensor subclass in parts, ``_weight_qdata``, ``_weight_scale`` and others.
 
-| class                      | ``_weight_qdata``        | ``_weight_scale``           | weight                             |
-|----------------------------|--------------------------|-----------------------------|------------------------------------|
-| `Int8Tensor`               | int8 ``[out, in]``       | ``[out, 1]``, ``[1, 1]``    | ``(q - zero_point) * s``           |
-| `IntxUnpackedToInt8Tensor` | the same, of 1 to 8 bits | ``[out, in / g]``           | the same                           |
-| `Float8Tensor`             | e4m3 ``[out, in]``       | as `fp8` has it             | ``e4m3 * s``                       |
-| `MXTensor`                 | e4m3 ``[out, in]``       | e8m0 ``[out, in / 32]``     | MXFP8                              |
-| `MXTensor`                 | uint8 ``[out, in / 2]``  | e8m0 ``[out, in / 32]``     | MXFP4, low nibble first            |
-| `NVFP4Tensor`              | uint8 ``[out, in / 2]``  | e4m3 ``[out, in / 16]``     | NVFP4, ``_weight_per_tensor_scale``|
+| class                      | ``_weight_qdata``        | ``_weight_scale``        | weight                   |
+|----------------------------|--------------------------|--------------------------|--------------------------|
+| `Int8Tensor`               | int8 ``[out, in]``       | ``[out, 1]``, ``[1, 1]`` | ``(q - zero_point) * s`` |
+| `IntxUnpackedToInt8Tensor` | the same, of 1 to 8 bits | ``[out, in / g]``        | the same                 |
+| `Float8Tensor`             | e4m3 ``[out, in]``       | as `fp8` has it          | ``e4m3 * s``             |
+| `MXTensor`                 | e4m3 ``[out, in]``       | e8m0 ``[out, in / 32]``  | MXFP8                    |
+| `MXTensor`                 | uint8 ``[out, in / 2]``  | e8m0 ``[out, in / 32]``  | MXFP4, low nibble first  |
+| `NVFP4Tensor`              | uint8 ``[out, in / 2]``  | e4m3 ``[out, in / 16]``  | NVFP4                    |
 
-``_weight_zero_point``, in int8 or floats, has the shape of the scale; `Int8Tensor` may lack it. Fused experts have the
-same parts, ``[E, out, in]``. The class is in the file's metadata, which the host's reader does not hand on: the shapes
-tell e4m3 from packed bytes, and the bits are those of ``weight_dtype`` in ``quant_type``, or 8, which holds them all.
-Scales in the order that a GPU wants (``is_swizzled_scales``) have another shape, and are refused. Source:
-``quantization/quantize_/workflows`` and ``prototype/mx_formats`` of torchao 0.18.
+NVFP4's second scale is ``_weight_per_tensor_scale``. ``_weight_zero_point``, in int8 or floats, has the shape of the
+scale; `Int8Tensor` may lack it. Fused experts have the same parts, ``[E, out, in]``. The class is in the file's
+metadata, which the host's reader does not hand on: the shapes tell e4m3 from packed bytes, and the bits are those of
+``weight_dtype`` in ``quant_type``, or 8, which holds them all. Scales in the order that a GPU wants
+(``is_swizzled_scales``) have another shape, and are refused. Source: ``quantization/quantize_/workflows`` and
+``prototype/mx_formats`` of torchao 0.18.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -27,12 +29,19 @@ import mlx.core as mx
 from . import fp8
 from .affine import BITS, signed
 from .family import Description, Family
+from .fields import Part, objects
 from .layer import Decoded, Layer, Tensors
 from .microscaling import mxfp4, mxfp8, nvfp4
 from .numbers import loaded_e4m3
 from .patterns import pattern
 
 _OF_ACTIVATIONS = ("_weight_act_quant_scale", "_weight_act_quant_zero_point", "_weight_act_per_tensor_scale")
+_FIELDS = (  # of a config's ``_data``
+    *("granularity", "group_size", "block_size", "weight_dtype", "mapping_type", "scale_dtype", "intx_packing_format"),
+    *("intx_choose_qparams_algorithm", "set_inductor_config", "fqn_to_config", "module_fqn_to_config", "version"),
+    *("activation_dtype", "activation_value_lb", "activation_value_ub", "kernel_preference", "mm_config", "layout"),
+    *("act_mapping_type", "use_triton_kernel", "use_dynamic_per_tensor_scale", "scaling_mode", "preserve_zero"),
+)
 _MICRO = {8: "NVFP4", 16: "MXFP4", 32: "MXFP8"}  # bytes of codes for a byte of scales
 
 
@@ -40,14 +49,28 @@ class TorchAo(Family):
     methods = ("torchao",)
     detail = ""  # its description is nested
     marks = ("_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_per_tensor_scale")
+    fields = (*("quant_type", "quant_type_kwargs", "include_input_output_embeddings", "untie_embedding_weights"),)
     formats = (
         "torchao int8 and intx, 1 to 8 bits | `_weight_qdata` in int8 | affine | packed",
         "torchao float8 | `_weight_qdata` in e4m3 | float | 16 bits",
         "torchao MXFP4, MXFP8 and NVFP4 | `_weight_qdata`, with `_weight_scale` in bytes | as there | as there",
     )
 
+    def parts(self, description: Description) -> Iterable[Part]:
+        config = _within(description.get("quant_type"), "default")
+        named = _within(config, "_data", "fqn_to_config")
+        configs = {"default": config, **(named if isinstance(named, dict) else {})}
+        within = {name: _within(each, "_data") for name, each in configs.items()}
+        return [("", description, self.fields), *objects("quant_type", within, _FIELDS)]
+
+    def check(self, description: Description) -> None:
+        named = _within(description.get("quant_type"), "default", "_data", "fqn_to_config")
+        for key in named if isinstance(named, dict) else ():
+            if key.startswith("re:"):
+                _matches(key[3:], ())
+
     def settings(self, description: Description, name: str) -> Description:
-        """``quant_type.default``, or of its ``fqn_to_config`` the one for a name, a pattern (``re:``), or the others."""
+        """``quant_type.default``, or what its ``fqn_to_config`` has for a name, a pattern (``re:``), or all others."""
         config = _within(description.get("quant_type"), "default")
         named = _within(config, "_data", "fqn_to_config") or _within(config, "_data", "module_fqn_to_config")
         if isinstance(named, dict):
