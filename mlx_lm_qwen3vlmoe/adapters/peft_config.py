@@ -9,11 +9,12 @@ Source: ``tuners/lora/config.py`` of PEFT 0.17.0 to 0.21.2.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import series
+from ..errors import CheckpointError
+from ..quantization.patterns import pattern
 from .fields import Fields
 from .files import read_config
 from .lora import MERGE
@@ -33,7 +34,6 @@ _REFUSED = {  # fields that have to be empty, and why
     "lora_bias": "LoRA in mlx_lm has no biases",
     "ensure_weight_tying": "in mlx_lm, head and embeddings are adapted apart",
 }
-_ENDLESS = re.compile(r"\)[*+{]|(?:[*+?}].*){5}")  # what a hostile pattern needs to run for ever
 _LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
@@ -67,15 +67,13 @@ class PeftConfig(Fields):
 
     def _patterns(self, field: str, read: Any) -> dict[str, Any]:
         values = Fields(self.object(field, {}), f"{field}.")
-        for pattern in values.values:
+        for key in values.values:
             try:
-                re.compile(pattern)
-                bad = len(pattern) > 1000 or _ENDLESS.search(pattern)
-            except (re.error, RecursionError, OverflowError):
-                bad = True
-            if bad:
-                raise self.error(field, "names, or simple regular expressions", pattern)
-        return {pattern: read(values, pattern) for pattern in values.values}
+                pattern(field, _at_end(key))
+            except CheckpointError as error:
+                reason = error.args[1].removeprefix("a regular expression")
+                raise self.error(field, f"names, or simple regular expressions{reason}", key) from None
+        return {key: read(values, key) for key in values.values}
 
     def targets(self, parameter: str) -> bool:
         """Whether ``target_parameters`` names a parameter, by its whole name or by the end of it."""
@@ -102,7 +100,12 @@ class PeftConfig(Fields):
 
 def _matching(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a name, or all of it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if pattern("", _at_end(key)).match(name)), default)
+
+
+def _at_end(key: str) -> str:
+    """As PEFT matches it."""
+    return rf"(.*\.)?({key})$"
 
 
 def write_config(base: str | None, dropout: float, dora: bool, **fields: Any) -> dict[str, Any]:

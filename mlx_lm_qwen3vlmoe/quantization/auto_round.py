@@ -35,7 +35,7 @@ class AutoRound(Family):
     methods = ("auto-round", "intel/auto-round")
     detail = "packing_format"
     marks = (
-        *(*gptq.Gptq.marks, *awq.Awq.marks),
+        *("qweight", "qzeros", "g_idx"),
         *("weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"),
     )
     fields = (

@@ -83,7 +83,7 @@ def _rows(layer: Layer) -> Decoded:
 
 
 def _four_bits(layer: Layer) -> Decoded:
-    if layer.stack_shape:  # as `BitsAndBytes.fused` has made it
+    if layer.stack_shape and not any(map(layer.has, _STATES)):  # as `BitsAndBytes.fused` has made it
         weight = layer.take("weight", 2), layer.take("weight.quant_map", 1), layer.take("weight.absmax", 1)
         rows, columns = layer.shape(weight[0])
         shape = (*layer.stack_shape, rows, 2 * columns)

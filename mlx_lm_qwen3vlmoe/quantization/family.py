@@ -49,9 +49,9 @@ class Family(ABC):
         detail: the field of the description that tells the format, for `inspect`; empty if it is nested.
         marks: suffixes of tensors that mark a layer as quantized, whatever the description says: tools leave layers
             unquantized that their description names, and vice versa.
+        formats: its rows of the table in docs/checkpoints.md: format, recognized by, becomes, in memory.
         fields: of its description, those that it reads, and those of its tools that do not change the weights; what
             `fields.HARMLESS` has is no field of them alone.
-        formats: its rows of the table in docs/checkpoints.md: format, recognized by, becomes, in memory.
         undescribed: those of the marks that tell the family where there is no description.
         turned: suffixes of large tensors whose last two axes `decode` swaps; they are stacked that way at once.
     """
@@ -59,13 +59,13 @@ class Family(ABC):
     methods: tuple[str, ...]
     detail: str
     marks: tuple[str, ...]
-    fields: tuple[str, ...]
     formats: tuple[str, ...]
+    fields: tuple[str, ...] = ()
     undescribed: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
-        if missing := {"methods", "detail", "marks", "fields", "formats"} - vars(cls).keys():
+        if missing := {"methods", "detail", "marks", "formats"} - vars(cls).keys():
             raise TypeError(f"{cls.__name__}: expected {', '.join(sorted(missing))}, found nothing")
 
     def check(self, description: Description) -> None:

@@ -2,8 +2,8 @@
 
 A description says how numbers are stored, and new versions of tools say more in it. What is not looked at here may
 change the numbers, and no tensor need show it: such as GPTQModel's ``weight_scale_semantics``, or the rotations of
-AutoRound. So a family of formats knows the fields that it reads, and those that have no meaning for the weights. Another
-field is an error if its name speaks of numbers, else a warning.
+AutoRound. So a family of formats knows the fields that it reads, and those that have no meaning for the weights. A
+field that is neither is an error if its name speaks of numbers, else a warning.
 """
 
 from __future__ import annotations
@@ -69,5 +69,5 @@ def check_fields(parts: Iterable[Part]) -> None:
 
 def objects(where: str, container: Any, known: Collection[str]) -> list[Part]:
     """The objects that are the values of an object, or of a list."""
-    items = container.items() if isinstance(container, dict) else enumerate(container or ())
+    items = container.items() if isinstance(container, dict) else enumerate(container if isinstance(container, list) else ())
     return [(f"{where}.{key}.".lstrip("."), fields, known) for key, fields in items if isinstance(fields, dict)]

@@ -1,9 +1,9 @@
 """Regular expressions from files: one clear error for what is none, and a bound on the time that matching takes.
 
 Python's `re` tries one way to match after the other, of which a pattern such as ``(a+)+$`` has more than anybody can
-wait for. `_ways` counts them. Where they may be many, `_ends` follows all at once: from each position in a name to
-the set of positions where a part of the pattern can end. What it finds is kept, so that the time is at most the
-pattern's length times the square of the name's, however repeats are nested.
+wait for. `_ways` counts them, and refuses repeats of what could match in several ways. Where other repeats are many,
+`_ends` follows all ways at once: from each position in a name to those where a part of the pattern can end. What it
+finds is kept, so that the time is at most the pattern's length times the square of the name's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ else:
     import sre_parse as parser
 
 _LONGEST = 2000  # characters of a pattern
-_NAME = 128  # of a name, beyond which no pattern matches: modules have shorter ones
-_MOST_WAYS = 5_000_000  # for `re` to try, in less than a second: three `.*`, and some alternatives
+_NAME = 200  # of a name: modules have shorter ones
+_MOST_WAYS = 20_000_000  # for `re` to try, in less than a second: three `.*`, and some alternatives
 _MOST_REPEATS = 1000
 _SINGLE = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN)
 _Kept = dict[tuple[int, int, int], frozenset[int]]
@@ -54,23 +54,29 @@ class Pattern:
 
     def match(self, name: str) -> bool:
         """Whether it matches the beginning of a name."""
-        if self._quick or len(name) > _NAME:
-            return len(name) <= _NAME and bool(self._quick and self._quick.match(name))
-        return bool(_ends(self._tree, 0, 0, name, {}))
+        _check_length(name)
+        return self._quick.match(name) is not None if self._quick else bool(_ends(self._tree, 0, 0, name, {}))
 
     def fullmatch(self, name: str) -> bool:
         """Whether it matches a whole name."""
-        if self._quick or len(name) > _NAME:
-            return len(name) <= _NAME and bool(self._quick and self._quick.fullmatch(name))
-        return len(name) in _ends(self._tree, 0, 0, name, {})
+        _check_length(name)
+        return (
+            self._quick.fullmatch(name) is not None if self._quick else len(name) in _ends(self._tree, 0, 0, name, {})
+        )
 
 
-def pattern(field: str, text: str, error: Callable[[str, str, object], CheckpointError] = description_error) -> Pattern:
-    """The pattern in a field; ``error`` makes the one that is raised for another text."""
+def pattern(field: str, text: str) -> Pattern:
+    """The pattern in a field of a description; raises `CheckpointError` for another text."""
     try:
         return _compiled(text)
     except (ValueError, re.error, RecursionError, OverflowError) as reason:
-        raise error(field, f"a regular expression ({reason})", text) from None
+        raise description_error(field, f"a regular expression ({reason})", text) from None
+
+
+def _check_length(name: str) -> None:
+    if len(name) > _NAME:
+        expected, remedy = f"at most {_NAME} characters", "No module of this model type has such a name."
+        raise CheckpointError(name, expected, f"{len(name)} characters", remedy)
 
 
 @functools.lru_cache(4096)
@@ -82,15 +88,18 @@ def _compiled(text: str) -> Pattern:
 
 def _ways(items: Any) -> tuple[int, float]:
     """Of a sequence to match at one position: repeats of any length, and at most how many ways each choice of those."""
-    repeats, others = 0, 1.0
+    repeats, others, before = 0, 1.0, ""
     for code, value in items:
-        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
+        same, before = before, str(value[-1]) if code in (codes.MAX_REPEAT, codes.MIN_REPEAT) else ""
+        if before:
             least, most, body = value
             inner, ways = _ways(body)
-            if least < most > 1 and not inner and ways == 1:
+            if most > 1 and (inner or ways > 1):
+                raise ValueError("without a repeat or a choice in a repeat")
+            if least < most > 1:
+                if before == same:
+                    raise ValueError("without the same repeat twice in a row")
                 inner = 1
-            elif most > 1 and (inner or ways > 1):
-                ways = math.inf
             repeats, others = repeats + inner, others * (ways + (least < most == 1))
         elif code is codes.BRANCH:
             found = [_ways(branch) for branch in value[1]]

@@ -99,7 +99,7 @@ class TorchAo(Family):
         for suffix in _OF_ACTIVATIONS:
             layer.tensors.pop(suffix, None)
         codes = layer.take("_weight_qdata", 2)
-        config = layer.settings.get("config")
+        config = layer.settings.get("config", _within(layer.settings.get("quant_type"), "default"))
         if layer.has("_weight_scale", mx.uint8) or layer.has("_weight_per_tensor_scale"):
             return _microscaled(layer, codes, _within(config, "_data", "block_size"))
         if codes.dtype not in (mx.int8, loaded_e4m3()):
