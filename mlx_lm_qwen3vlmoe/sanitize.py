@@ -20,11 +20,12 @@ import mlx.core as mx
 
 from .config import ModelArgs
 from .errors import CheckpointError, MissingTensorError
-from .layouts.decoder import Decoder
+from .layouts.decoder import ROUTER_BIAS, Decoder
 from .layouts.experts import check_orientations, gather
+from .layouts.merged import cut_merged, refuse_merged
 from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, host_name, layer_and_suffix, shortened
 from .layouts.stacking import Layers, Part
-from .quantization import Decoded, Parameters
+from .quantization import IGNORED, Decoded, Parameters
 from .quantization.checks import check_packed, shape_error
 from .quantization.description import record_quantization
 
@@ -43,7 +44,7 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     """Rename, decode, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
 
     Lazy and idempotent: no array is evaluated but the order of inputs in act-order, of which a wrong number would read
-    memory of somebody else. Takes any part of a checkpoint, ``{}`` too; one with all layers must be complete. Layers
+    memory of somebody else, and a bias of the router's choices, which has to be zero. Takes any part of a checkpoint, ``{}`` too; one with all layers must be complete. Layers
     that stay packed are described under ``quantization`` in the live config, where the host looks next.
 
     Args:
@@ -53,7 +54,7 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     Raises:
         CheckpointError: a tensor belongs to nothing, or is missing, ambiguous or of the wrong shape.
     """
-    layers = by_layer(rename(weights))
+    layers = cut_merged(by_layer(rename(weights)), args.text_config)
     present = {int(match[1]) for match in (_LAYER.match(f"{path}.") for path in layers) if match}
     complete = present.issuperset(range(args.text_config["num_hidden_layers"]))
     decoded = with_head(decode_layers(layers, args, complete), args.tie_word_embeddings, complete)
@@ -75,6 +76,7 @@ def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:
         args: its config.
     """
     others, found = gather(by_layer(rename(stored)))
+    refuse_merged(others)
     parts = {path: Part((path,)) for path in others}
     for experts in found:
         parts |= experts.parts(args.text_config)
@@ -102,7 +104,8 @@ def rename(weights: dict[str, T]) -> dict[str, T]:
 def restore_names(parts: dict[str, Part], names: Iterable[str]) -> dict[str, Part]:
     """The inverse of `rename`, by the names that were there: parts by the host's paths → by stored names."""
     targets = {name: host_name(name) for name in names}
-    return {name: parts[layer_and_suffix(target)[0]] for name, target in targets.items() if target is not None}
+    found = {name: layer_and_suffix(target) for name, target in targets.items() if target is not None}
+    return {name: parts[path] for name, (path, suffix) in found.items() if suffix not in (ROUTER_BIAS, *IGNORED)}
 
 
 def by_layer(weights: dict[str, T]) -> dict[str, dict[str, T]]:
