@@ -21,9 +21,9 @@ from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
-from .errors import CheckpointError
+from .layouts.names import as_stored
 from .runtime import backend, host, lazy, parallel
-from .sanitize import check_shapes, sanitize
+from .sanitize import check_complete, check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
 __all__ = ["Model", "ModelArgs"]  # what the entry point promises
@@ -143,25 +143,24 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
-        weights = sanitize(weights, self.args)
+        found = sanitize(weights, self.args)
         modules = {path for path, _ in self.named_modules()}
-        for name in weights:
+        for name in found:
             if (path := name.rpartition(".")[0]) not in modules:
                 raise host.unfit(f"its qwen3_moe has no {path}")
         shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
-        check_shapes(weights, shapes, self.args.config.get("quantization") or {})
-        return weights
+        with as_stored(weights):
+            check_shapes(found, shapes, self.args.config.get("quantization") or {})
+        if shapes.keys() - found.keys():  # in a part of a checkpoint, or else `load_weights` says what is missing
+            self.__dict__["_stored"] = tuple(weights)
+        return found
 
     def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
         """As the host's, with one error that names what a checkpoint lacks."""
+        stored = self.__dict__.pop("_stored", ())
         if strict and isinstance(file_or_weights, list):
-            found = {name for name, _ in file_or_weights}
-            if missing := [name for name in dict(tree_flatten(self.parameters())) if name not in found]:
-                names = ", ".join(missing[:5])
-                raise CheckpointError(
-                    f"{names}: expected in a complete checkpoint, found nothing ({len(missing)} are missing). "
-                    "Is a file of the checkpoint missing, or num_hidden_layers wrong in config.json?"
-                )
+            with as_stored(stored):
+                check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
         return super().load_weights(file_or_weights, strict=strict)
 
     @property

@@ -39,15 +39,19 @@ def cut_merged(layers: Layers, sizes: dict[str, Any]) -> Layers:
         expected = (sum(rows), shapes[0][1])
         for suffix, array in tensors.items():
             if suffix != "weight" or array.shape != expected or not mx.issubdtype(array.dtype, mx.floating):
+                merged = ", ".join(part.rpartition(".")[2] for part in parts)
                 raise CheckpointError(
-                    f"{path}.{suffix}: expected one weight in floats, of the shape {list(expected)}, for "
-                    f"{', '.join(part.rpartition('.')[2] for part in parts)}, found {array.dtype} "
-                    f"{list(array.shape)}. Use a checkpoint that no engine has merged or sharded."
+                    f"{path}.{suffix}",
+                    f"one weight in floats, of the shape {list(expected)}, for {merged}",
+                    f"{array.dtype} {list(array.shape)}",
+                    "Use a checkpoint whose projections no engine has merged, sharded or quantized.",
                 )
         if twice := [part for part in parts if part in layers]:
             raise CheckpointError(
-                f"{path}.weight, {twice[0]}.weight: expected one of the two, found both. Remove the file that a "
-                "second tool left in the folder."
+                (f"{path}.weight", f"{twice[0]}.weight"),
+                "one of the two",
+                "both",
+                "Remove the file that a second tool left in the folder.",
             )
         starts = [sum(rows[:n]) for n in range(1, len(rows))]
         for part, piece in zip(parts, mx.split(tensors["weight"], starts), strict=True):
@@ -59,8 +63,10 @@ def refuse_merged(layers: Iterable[str]) -> None:
     """There is no inverse, as the rows of one stored tensor are of layers of different heights."""
     if path := next((path for path in layers if path.endswith(_ENDS)), None):
         raise CheckpointError(
-            f"{path}.weight: expected separate projections in an original, found them merged. Use the checkpoint that "
-            "was loaded into the engine which saved this one."
+            f"{path}.weight",
+            "separate projections in an original",
+            "merged ones",
+            "Use the checkpoint that was loaded into the engine which saved this one.",
         )
 
 
