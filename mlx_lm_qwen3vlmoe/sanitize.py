@@ -25,7 +25,7 @@ from .layouts.experts import check_orientations, gather
 from .layouts.merged import cut_merged, refuse_merged
 from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, as_stored, host_name, layer_and_suffix, stranger
 from .layouts.stacking import Layers, Part
-from .quantization import IGNORED, Decoded, Parameters
+from .quantization import CAST, IGNORED, Decoded, Parameters, is_cast
 from .quantization.checks import check_packed
 from .quantization.description import record_quantization
 
@@ -128,7 +128,11 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
     A layer without all of its tensors is an error in a complete checkpoint. In a part of one (a stage of a pipeline
     reads files, which end in the middle of a layer) it is left out.
     """
-    decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config)
+    own = args.config.get("quantization") or {}
+    description = args.quantization_config
+    if not description and not own and is_cast(layers):
+        description = CAST
+    decoder = Decoder(description, own, args.text_config)
     others, found = gather(cut_merged(layers, args.text_config))
     check_orientations(found, args.text_config)
     decoded: dict[str, Decoded] = {}
