@@ -12,6 +12,12 @@ from typing import Any
 from ..errors import check_kinds, check_positive, config_error
 
 _FIELDS = ("quantization_config", "compression_config")  # of any tool, at the top or in ``text_config``
+_DEFAULTS = {  # of MLX's modes, for a field that is null or missing
+    "affine": {"group_size": 64, "bits": 4},
+    "mxfp4": {"group_size": 32, "bits": 4},
+    "mxfp8": {"group_size": 32, "bits": 8},
+    "nvfp4": {"group_size": 16, "bits": 4},
+}
 
 
 def foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -21,7 +27,11 @@ def foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
-    """MLX's description, wherever it stands; raises `CheckpointError` where the host could not read it."""
+    """MLX's description, wherever it stands, with MLX's defaults for what is null or missing in it.
+
+    `mlx_lm.convert` writes such entries, for recipes of mixed bits and for predicates that name the bits alone. Raises
+    `CheckpointError` where the host could not read the description.
+    """
     own = config.get("quantization")
     if own is None:
         own = next(filter(None, (_in_mlx_terms(value) for _, _, value in _described(config))), None)
@@ -33,7 +43,16 @@ def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
         for field in ("group_size", "bits"):
             if isinstance(parameters, dict) and parameters.get(field) is not None:
                 check_positive(f"quantization: {path} {field}", parameters[field], int)
-    return own
+    entries = {path: _filled(entry) if isinstance(entry, dict) else entry for path, entry in own.items()}
+    return _filled(entries)
+
+
+def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A description of all layers or of one, with the defaults of its mode; another mode than MLX's has none."""
+    given = {field: value for field, value in parameters.items() if field != "mode" or value is not None}
+    mode = given.get("mode", "affine")
+    defaults = _DEFAULTS.get(mode, {}) if isinstance(mode, str) else {}
+    return given | {field: value for field, value in defaults.items() if given.get(field) is None}
 
 
 def settle_quantization(config: dict[str, Any]) -> None:
