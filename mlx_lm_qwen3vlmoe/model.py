@@ -170,6 +170,18 @@ class Model(nn.Module):
         return self.language_model.model
 
     @property
+    def lm_head(self) -> nn.Module:
+        """The head. Programs take a model with a ``model`` and no ``lm_head`` for one whose head is the embeddings."""
+        return self.language_model.lm_head
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``model.lm_head = …`` replaces the head, as in the host's ``qwen3_moe``, where it is stored."""
+        if name in ("model", "lm_head"):
+            setattr(self.language_model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers of this process: the decoder's own list, or one stage of a pipeline."""
         whole = getattr(self.model, "pipeline_size", 1) == 1
