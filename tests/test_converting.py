@@ -70,9 +70,7 @@ def checked(folder: Path, error_in_the_unchanged_host) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("recipe", [*QUANT_RECIPES[:1], *thorough(*QUANT_RECIPES[1:])])
-def test_what_a_mixed_recipe_writes_loads_and_has_the_logits_of_the_host(
-    recipe, tmp_path, error_in_the_unchanged_host
-):
+def test_what_a_mixed_recipe_writes_loads_and_has_the_logits_of_the_host(recipe, tmp_path, error_in_the_unchanged_host):
     """mlx-lm 0.30.7 to 0.32.2 write ``"group_size": null`` for every layer."""
     folder = tmp_path / recipe
     mlx_lm("convert", "--hf-path", TINY, "--mlx-path", folder, "-q", "--quant-predicate", recipe)
