@@ -22,8 +22,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
 from .errors import CheckpointError
+from .layouts.guests import check_taken, is_guest
 from .runtime import backend, host, lazy, parallel
-from .sanitize import check_shapes, sanitize
+from .sanitize import check_shapes, sanitize_beside
 
 logger = logging.getLogger(__name__)
 __all__ = ["Model", "ModelArgs"]  # what the entry point promises
@@ -70,6 +71,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
+        self._others: set[str] = set()  # names of tensors that `sanitize` handed on to another program's layers
         text = args.text_config
         host.check_fields(text)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
@@ -143,17 +145,21 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
-        weights = sanitize(weights, self.args)
-        modules = {path for path, _ in self.named_modules()}
+        modules = dict(self.named_modules())
+        weights, others = sanitize_beside(weights, self.args, {path for path in modules if is_guest(modules[path])})
         for name in weights:
             if (path := name.rpartition(".")[0]) not in modules:
                 raise host.unfit(f"its qwen3_moe has no {path}")
         shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
         check_shapes(weights, shapes, self.args.config.get("quantization") or {})
-        return weights
+        self._others.update(others)
+        return weights | others
 
     def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
-        """As the host's, with one error that names what a checkpoint lacks."""
+        """As the host's, with one error that names what a checkpoint lacks, or what is another program's."""
+        if isinstance(file_or_weights, list):
+            others = [(name, array) for name, array in file_or_weights if name in self._others]
+            check_taken(others, self, self.args.config.get("quantization") or {})
         if strict and isinstance(file_or_weights, list):
             found = {name for name, _ in file_or_weights}
             if missing := [name for name in dict(tree_flatten(self.parameters())) if name not in found]:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
+
 from ..errors import check_kinds, check_positive, config_error
 
 _FIELDS = ("quantization_config", "compression_config")  # of any tool, at the top or in ``text_config``
@@ -29,14 +31,17 @@ def foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     """MLX's description, wherever it stands, with MLX's defaults for what is null or missing in it.
 
-    `mlx_lm.convert` writes such entries, for recipes of mixed bits and for predicates that name the bits alone. Raises
-    `CheckpointError` where the host could not read the description.
+    `mlx_lm.convert` writes such entries, for recipes of mixed bits and for predicates that name the bits alone. What
+    another program describes, by a mode of its own, is left as it is. Raises `CheckpointError` where the host could not
+    read the description.
     """
     own = config.get("quantization")
     if own is None:
         own = next(filter(None, (_in_mlx_terms(value) for _, _, value in _described(config))), None)
     if own is None:
         return None
+    if isinstance(own, dict) and not is_mlx_mode(own.get("mode", "affine")):
+        return own
     if not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
         raise config_error("quantization", "an object with group_size and bits", own)
     for path, parameters in {"": own, **own}.items():
@@ -45,6 +50,17 @@ def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
                 check_positive(f"quantization: {path} {field}", parameters[field], int)
     entries = {path: _filled(entry) if isinstance(entry, dict) else entry for path, entry in own.items()}
     return _filled(entries)
+
+
+def is_mlx_mode(mode: object) -> bool:
+    """Whether MLX has a mode of quantization; what is no text is for MLX to refuse."""
+    if not isinstance(mode, str) or mode in _DEFAULTS:
+        return True
+    try:  # one that is newer than this package
+        mx.quantize(mx.zeros((32, 512)), mode=mode)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
