@@ -119,8 +119,13 @@ def _run(commands: Any) -> None:
 
         claims.install()
         _need_mlx_lm()
+        from .errors import CheckpointError
+
         sys.argv = ["mlx_lm", parsed.subcommand, *parsed.arguments]
-        runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
+        except CheckpointError as e:
+            sys.exit(str(e))
 
     parser.set_defaults(do=do)
 

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
-import reprlib
 from typing import Any
 
 from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
-from .errors import LARGEST, CheckpointError, check_positive, config_error
+from .errors import FROM_ITS_MODEL, LARGEST, UNSUPPORTED, check_positive, config_error
 from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ _REQUIRED = (  # sizes without a default that every writer shares
     "num_experts_per_tok",
     "vocab_size",
 )
+_OF_EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 SIZES = (*(field for field in _REQUIRED if field != "num_experts_per_tok"), "head_dim")  # of tensors
 _DEFAULTS = {  # the same in transformers 4.57 and 5
     "model_type": "qwen3_vl_moe_text",
@@ -133,7 +134,8 @@ def _name_experts(text: dict[str, Any]) -> None:
     if "num_local_experts" in text:
         experts = text.pop("num_local_experts")
         if text.setdefault("num_experts", experts) != experts:
-            raise config_error("num_experts", f"the same as num_local_experts ({experts})", text["num_experts"])
+            remedy = "Remove the wrong one of the two."
+            raise config_error("num_experts", f"{experts}, as in num_local_experts", text["num_experts"], remedy)
 
 
 def _check_sizes(text: dict[str, Any]) -> None:
@@ -141,7 +143,9 @@ def _check_sizes(text: dict[str, Any]) -> None:
     for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
         if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
             text[field] = text["hidden_size"] // text["num_attention_heads"]
-        check_positive(field, text.get(field), int, _MOST_LAYERS if field == "num_hidden_layers" else LARGEST)
+        most = _MOST_LAYERS if field == "num_hidden_layers" else LARGEST
+        dense = "Is the model a dense Qwen3-VL? Its model_type is qwen3_vl. If not: " if field in _OF_EXPERTS else ""
+        check_positive(field, text.get(field), int, most, dense + FROM_ITS_MODEL)
     heads = text["num_attention_heads"]
     if heads * text["head_dim"] > LARGEST:
         raise config_error("head_dim", f"at most {LARGEST} over all {heads} heads", text["head_dim"])
@@ -162,9 +166,9 @@ def _check_sizes(text: dict[str, Any]) -> None:
 def _check_supported(text: dict[str, Any]) -> None:
     """What the host's ``qwen3_moe`` has no field for is what it does."""
     if text["attention_bias"]:
-        raise config_error("attention_bias", "false, as the host's qwen3_moe has no bias", text["attention_bias"])
+        raise config_error("attention_bias", "false", text["attention_bias"], UNSUPPORTED)
     if text["hidden_act"] not in ("silu", "swish"):
-        raise config_error("hidden_act", "'silu', as in the host's qwen3_moe", text["hidden_act"])
+        raise config_error("hidden_act", '"silu"', text["hidden_act"], UNSUPPORTED)
     if text.get("norm_topk_prob") is False:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True
@@ -182,21 +186,33 @@ def linear_shape(path: str, text: dict[str, Any]) -> tuple[int, int] | None:
 
     Some tools store weights flat, so that only the config can tell their shape before any value is read.
     """
-    hidden, head, vocabulary = text["hidden_size"], text["head_dim"], text["vocab_size"]
-    queries, keys = head * text["num_attention_heads"], head * text["num_key_value_heads"]
-    width = text["moe_intermediate_size" if ".experts." in path else "intermediate_size"]
-    return {
+    outputs, *inputs = (math.prod(text[field] for field in axis.split(" * ")) for axis in axes(path) or ("head_dim",))
+    return (outputs, inputs[0]) if len(inputs) == 1 else None
+
+
+def axes(path: str) -> tuple[str, ...]:
+    """The fields of the config, or products of them, that are the axes of the host's weight at a path."""
+    hidden, queries, keys = "hidden_size", "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+    stacked = ("num_experts",) if ".switch_mlp." in path else ()
+    width = "moe_intermediate_size" if stacked or ".experts." in path else "intermediate_size"
+    own: tuple[str, ...] = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
-        "gate": (text["num_experts"], hidden),
+        "gate": ("num_experts", hidden),
         "gate_proj": (width, hidden),
         "up_proj": (width, hidden),
         "down_proj": (hidden, width),
-        "embed_tokens": (vocabulary, hidden),
-        "lm_head": (vocabulary, hidden),
-    }.get(path.rpartition(".")[2])
+        "embed_tokens": ("vocab_size", hidden),
+        "lm_head": ("vocab_size", hidden),
+        "q_norm": ("head_dim",),
+        "k_norm": ("head_dim",),
+        "norm": (hidden,),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }.get(path.rpartition(".")[2], ())
+    return (*stacked, *own)
 
 
 def tied(config: dict[str, Any]) -> bool | None:
@@ -228,10 +244,8 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
         text = {field: config.pop(field) for field in sorted(_TEXT_FIELDS & config.keys())}
         config["text_config"] = text
     if not isinstance(text, dict):
-        raise CheckpointError(
-            f"config.json: expected the language model's fields in 'text_config', found {reprlib.repr(text)}. "
-            "Is this a Qwen3-VL-MoE checkpoint? Take config.json from the original model."
-        )
+        expected = "an object with the fields of the language model"
+        raise config_error("text_config", expected, text, f"Is this a Qwen3-VL-MoE checkpoint? If so: {FROM_ITS_MODEL}")
     return text
 
 
@@ -259,10 +273,10 @@ def _normalize_rope(text: dict[str, Any], version: int | None) -> None:
     if rope_type == "mrope":
         rope_type = "default"
     if rope_type not in ("default", "yarn"):
-        raise config_error("rope_type", "'default' or 'yarn'", rope_type)
+        raise config_error("rope_type", '"default" or "yarn"', rope_type, UNSUPPORTED)
     for where in (text, rope):
         if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            raise config_error("partial_rotary_factor", "1.0", where["partial_rotary_factor"])
+            raise config_error("partial_rotary_factor", "1.0", where["partial_rotary_factor"], UNSUPPORTED)
     if rope_type == "yarn":
         _normalize_yarn(rope, text)
     text["rope_scaling"] = {**rope, "rope_type": rope_type}
@@ -272,12 +286,12 @@ def _theta(places: list[dict[str, Any]], version: int | None) -> float:
     """The one ``rope_theta``: it is the weights', whatever scales it, and so counts wherever it stands."""
     thetas = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
     if not thetas and version is None:
-        raise config_error("rope_theta", "a number (official models: 5000000)", "nothing")
+        raise config_error("rope_theta", "a number (5000000 in official models)", None)
     thetas = thetas or [500000 if version and version >= 5 else 5000000]
     for theta in thetas:
         check_positive("rope_theta", theta)
     if len(set(thetas)) > 1:
-        raise config_error("rope_theta", "one value", f"{thetas} in different fields")
+        raise config_error("rope_theta", "one value in all fields that have it", thetas)
     return thetas[0]
 
 
@@ -285,7 +299,7 @@ def _normalize_yarn(yarn: dict[str, Any], text: dict[str, Any]) -> None:
     """Fill in and check the fields of YaRN, so that the host's means what transformers' does."""
     yarn.setdefault("original_max_position_embeddings", text["max_position_embeddings"])
     if yarn.pop("truncate", True) is not True:
-        raise config_error("truncate of YaRN", "true, as in the host's YaRN", False)
+        raise config_error("truncate of YaRN", "true", False, UNSUPPORTED)
     # transformers uses the pair or neither; the host would fill in the other.
     if not (yarn.get("mscale") and yarn.get("mscale_all_dim")):
         yarn.pop("mscale", None)

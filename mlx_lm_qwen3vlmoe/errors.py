@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-import reprlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 LARGEST = 2**31 - 1  # an axis of an MLX array, which holds nothing before it is loaded
+FROM_ITS_MODEL = "Correct it, or use the config.json of the model that this checkpoint was made from."
+UNSUPPORTED = "If the model has this, mlx-lm's qwen3_moe cannot run it, nor can this package."
+DAMAGED = "If so, this tensor is damaged: download its file again."
+MISSING_FILE = "Is a file of the checkpoint missing?"
+_WORDS = {int: "a positive integer", dict: "an object", list: "a list", str: "a text", bool: "true or false"}
 
 
 class CheckpointError(ValueError):
     """A config field or a tensor is missing, ambiguous or unsupported.
 
-    The message names the field or tensor, what was expected, what was found, and what the user can do.
+    ``args`` hold the parts of the message: where it is wrong (a tensor or several, a field, a file), what was expected,
+    what was found, and what the user can do. A message that has no such parts is the first of them.
+
+    Inside the package a tensor goes by the host's name. `layouts.names.as_stored` puts the name in the file there,
+    which is the one to print.
     """
+
+    def __init__(self, where: object, expected: str = "", found: object = "", remedy: str = ""):
+        super().__init__(where if isinstance(where, tuple) else str(where), expected, str(found), remedy)
+
+    def __str__(self) -> str:
+        where, expected, found, remedy = self.args
+        if not expected:
+            return str(where)
+        where = ", ".join(map(shortened, where if isinstance(where, tuple) else [where]))
+        text = f"expected {expected}, found {found}".replace("mlx.core.", "")
+        return f"{where}: {text}. {remedy}"
+
+    def rename(self, new: Callable[[str], str]) -> None:
+        """Put other names in place of those where it is wrong."""
+        where, *rest = self.args
+        names = where if isinstance(where, tuple) else (where,)
+        self.args = (tuple(dict.fromkeys(map(new, names))), *rest)
 
 
 class MissingTensorError(CheckpointError):
@@ -23,19 +50,63 @@ class HostError(RuntimeError):
     """The installed mlx-lm lacks something that this package builds on."""
 
 
-def check_positive(field: str, value: Any, kind: type[int] | type[float] = float, most: int = LARGEST) -> None:
+def shortened(name: str) -> str:
+    """A name that is no longer than a line or two: a file can have any."""
+    return name if len(name) < 300 else f"{name[:150]}…{name[-100:]}"
+
+
+def shown(value: object) -> str:
+    """A value of a config, as JSON has it."""
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, default=repr, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:80]}…"
+
+
+def series(values: Any, word: str = "or") -> str:
+    """``a, b or c``."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} {word} {last}" if others else last
+
+
+def shape_error(name: str, expected: str, found: object, fields: Iterable[str] = ()) -> CheckpointError:
+    """The error for a tensor of another shape than the config gives.
+
+    Args:
+        fields: of the config, which may be wrong instead: sizes, or products of them.
+    """
+    sizes = series(dict.fromkeys(size for field in fields for size in field.split(" * ")) or [""], "and")
+    remedy = "This tensor is damaged, or was reshaped: download its file again."
+    if sizes:
+        verb = "Are" if " and " in sizes else "Is"
+        remedy = f"{verb} {sizes} in config.json right for this checkpoint? {DAMAGED}"
+    return CheckpointError(name, expected, found, remedy)
+
+
+def beyond(name: str, what: str, number: int, count: int, field: str) -> CheckpointError:
+    """The error for a layer or an expert whose number is too high."""
+    remedy = f"Is {field} in config.json right for this checkpoint? If so, remove the file of another checkpoint."
+    return CheckpointError(name, f"no {what} after {count - 1}, as {field} is {count}", f"{what} {number}", remedy)
+
+
+def differing(fields: Sequence[str], shape: Sequence[int], found: Sequence[int]) -> list[str]:
+    """The fields of the axes in which two shapes differ; none if a shape has the other's axes in another order."""
+    if not len(fields) == len(shape) == len(found) or sorted(shape) == sorted(found):
+        return []
+    return [field for field, one, other in zip(fields, shape, found, strict=True) if one != other]
+
+
+def check_positive(
+    field: str, value: Any, kind: type[int] | type[float] = float, most: int = LARGEST, remedy: str = FROM_ITS_MODEL
+) -> None:
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 1e-30:
-        raise config_error(field, "a positive integer" if kind is int else "a positive number", value)
+        raise config_error(field, "a positive integer" if kind is int else "a positive number", value, remedy)
     if value > most:
         raise config_error(field, f"at most {most}", value)
 
 
-def config_error(field: str, expected: str, found: object) -> CheckpointError:
-    what = "nothing" if found is None else found if isinstance(found, str) else reprlib.repr(found)
-    return CheckpointError(
-        f"config.json: {field}: expected {expected}, found {what}. Correct it, or take config.json from the original "
-        "model."
-    )
+def config_error(field: str, expected: str, found: object, remedy: str = FROM_ITS_MODEL) -> CheckpointError:
+    return CheckpointError(f"config.json: {field}", expected, shown(found), remedy)
 
 
 def check_kinds(where: str, fields: dict[str, Any], **kinds: Any) -> None:
@@ -45,7 +116,7 @@ def check_kinds(where: str, fields: dict[str, Any], **kinds: Any) -> None:
         if value is not None and (
             type(value) is not kind or (kind is int and not (value == -1 or 0 < value <= LARGEST))
         ):
-            raise description_error(where + field, kind.__name__, value)
+            raise description_error(where + field, _WORDS[kind], value)
 
 
 def check_block(where: str, fields: dict[str, Any], field: str) -> None:
@@ -59,6 +130,8 @@ def check_block(where: str, fields: dict[str, Any], field: str) -> None:
 
 def description_error(field: str, expected: str, found: object) -> CheckpointError:
     return CheckpointError(
-        f"quantization_config: {field}: expected {expected}, found {found!r}. "
-        "Take config.json from the original checkpoint."
+        f"quantization_config: {field}",
+        expected,
+        shown(found),
+        "Correct it, or take quantization_config from the folder that the quantization tool wrote.",
     )

@@ -21,10 +21,10 @@ from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
-from .errors import CheckpointError
 from .layouts.guests import check_taken, is_guest
+from .layouts.names import as_stored
 from .runtime import backend, host, lazy, parallel
-from .sanitize import check_shapes, sanitize_beside
+from .sanitize import check_complete, check_shapes, sanitize_beside
 
 logger = logging.getLogger(__name__)
 __all__ = ["Model", "ModelArgs"]  # what the entry point promises
@@ -146,28 +146,29 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
         modules = dict(self.named_modules())
-        weights, others = sanitize_beside(weights, self.args, {path for path in modules if is_guest(modules[path])})
-        for name in weights:
+        replaced = {path for path, module in modules.items() if is_guest(module)}
+        found, others = sanitize_beside(weights, self.args, replaced)
+        for name in found:
             if (path := name.rpartition(".")[0]) not in modules:
                 raise host.unfit(f"its qwen3_moe has no {path}")
         shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
-        check_shapes(weights, shapes, self.args.config.get("quantization") or {})
+        with as_stored(weights):
+            check_shapes(found, shapes, self.args.config.get("quantization") or {})
+        found |= others
         self._others.update(others)
-        return weights | others
+        if shapes.keys() - found.keys():  # in a part of a checkpoint, or else `load_weights` says what is missing
+            self.__dict__["_stored"] = tuple(weights)
+        return found
 
     def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
-        """As the host's, with one error that names what a checkpoint lacks, or what is another program's."""
+        """As the host's, with one error that names what a checkpoint lacks, or what is of another program's layers."""
+        stored = self.__dict__.pop("_stored", ())
         if isinstance(file_or_weights, list):
             others = [(name, array) for name, array in file_or_weights if name in self._others]
             check_taken(others, self, self.args.config.get("quantization") or {})
         if strict and isinstance(file_or_weights, list):
-            found = {name for name, _ in file_or_weights}
-            if missing := [name for name in dict(tree_flatten(self.parameters())) if name not in found]:
-                names = ", ".join(missing[:5])
-                raise CheckpointError(
-                    f"{names}: expected in a complete checkpoint, found nothing ({len(missing)} are missing). "
-                    "Is a file of the checkpoint missing, or num_hidden_layers wrong in config.json?"
-                )
+            with as_stored(stored):
+                check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
         return super().load_weights(file_or_weights, strict=strict)
 
     @property

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from .config import ModelArgs
-from .errors import CheckpointError, MissingTensorError
+from .config import ModelArgs, axes
+from .errors import MISSING_FILE, CheckpointError, MissingTensorError, beyond, differing, shape_error
 from .layouts.decoder import Decoder
 from .layouts.experts import check_orientations, gather
 from .layouts.guests import guests
-from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, host_name, layer_and_suffix, shortened
+from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, as_stored, host_name, layer_and_suffix, stranger
 from .layouts.stacking import Layers, Part
 from .quantization import Decoded, Parameters
-from .quantization.checks import check_packed, shape_error
+from .quantization.checks import check_packed
 from .quantization.description import record_quantization
 
 Weights = dict[str, mx.array]
@@ -70,16 +70,17 @@ def sanitize_beside(weights: Weights, args: ModelArgs, replaced: set[str]) -> tu
     left = guests(layers, args.quantization_config, args.config.get("quantization") or {}) | (layers.keys() & replaced)
     present = {int(match[1]) for match in (_LAYER.match(f"{path}.") for path in layers) if match}
     complete = present.issuperset(range(args.text_config["num_hidden_layers"]))
-    decoded = decode_layers({path: layers[path] for path in layers if path not in left}, args, complete)
-    if left.isdisjoint((HEAD, EMBEDDINGS)):
-        decoded = with_head(decoded, args.tie_word_embeddings, complete)
+    with as_stored(weights):
+        decoded = decode_layers({path: layers[path] for path in layers if path not in left}, args, complete)
+        if left.isdisjoint((HEAD, EMBEDDINGS)):
+            decoded = with_head(decoded, args.tie_word_embeddings, complete)
+        hosts = {f"{path}.{suffix}": array for path, each in decoded.items() for suffix, array in each.tensors.items()}
+        check_names(hosts, args.text_config)
+        check_names((f"{path}.weight" for path in left if ".mlp.experts." not in path), args.text_config)
     packed: dict[str, Parameters] = {path: each.parameters for path, each in decoded.items() if each.parameters}
     if packed:
         record_quantization(args.config, packed)
-    weights = {f"{path}.{suffix}": array for path, each in decoded.items() for suffix, array in each.tensors.items()}
-    check_names(weights, args.text_config)
-    check_names((f"{path}.weight" for path in left if ".mlp.experts." not in path), args.text_config)
-    return weights, {name: array for name, array in renamed.items() if layer_and_suffix(name)[0] in left}
+    return hosts, {name: array for name, array in renamed.items() if layer_and_suffix(name)[0] in left}
 
 
 def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:
@@ -108,9 +109,12 @@ def rename(weights: dict[str, T]) -> dict[str, T]:
         if (target := host_name(name)) is None:
             continue
         if target in renamed:
+            other = next(each for each in weights if host_name(each) == target)
             raise CheckpointError(
-                f"{name}: expected one tensor for {target}, found two under different names. "
-                "Remove one, or the file that a second tool left in the folder."
+                (other, name),
+                "one name for a tensor",
+                "two",
+                "Remove one of them, or the file that a second tool left in the folder.",
             )
         renamed[target] = array
     return renamed
@@ -165,13 +169,16 @@ def with_head(decoded: dict[str, Decoded], tied: bool | None, complete: bool = T
     if tied:
         return decoded | {HEAD: decoded[EMBEDDINGS]}
     if complete:
-        flag = "tie_word_embeddings false"
+        flag = "has tie_word_embeddings false"
         if tied is None:
-            flag = "no tie_word_embeddings (true says nothing in a backbone that transformers 5 saved)"
-        raise CheckpointError(
-            f"lm_head.weight: expected in a model with {flag}, found nothing. Is a file of the checkpoint missing, or "
-            "is this a backbone without a head? Take lm_head.weight from the whole model. If the head is the embedding "
-            "matrix, set tie_word_embeddings to true in config.json, and remove architectures."
+            flag = "has no tie_word_embeddings (true says nothing in a backbone that transformers 5 saved)"
+        raise MissingTensorError(
+            f"{HEAD}.weight",
+            f"a head, as config.json {flag}",
+            "nothing",
+            "Is a file of the checkpoint missing, or is this a backbone without a head? Take lm_head.weight from the "
+            "whole model. If the head is the embedding matrix, set tie_word_embeddings to true in config.json, and "
+            "remove architectures.",
         )
     return decoded
 
@@ -181,21 +188,19 @@ def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
     layers, step, dense = sizes["num_hidden_layers"], sizes["decoder_sparse_step"], sizes["mlp_only_layers"]
     for name in weights:
         match = _TAKEN.fullmatch(name.removeprefix("language_model."))
-        expected = "a tensor of the host's qwen3_moe"
-        if match and match[1]:
-            n = int(match[1])
-            sparse = n not in dense and (n + 1) % step == 0
-            if n >= layers:
-                match, expected = None, f"layers 0 to {layers - 1} (num_hidden_layers)"
-            elif match[2] and not sparse:
-                match, expected = None, f"a dense MLP in layer {n} (mlp_only_layers, decoder_sparse_step)"
-            elif match[3] and sparse:
-                match, expected = None, f"experts in layer {n} (mlp_only_layers, decoder_sparse_step)"
         if not match:
-            raise CheckpointError(
-                f"{shortened(name)}: expected {expected}, found a tensor that belongs to nothing. Is config.json that "
-                "of this checkpoint?"
-            )
+            raise stranger(name)
+        if not match[1]:
+            continue
+        n = int(match[1])
+        sparse = n not in dense and (n + 1) % step == 0
+        fields, remedy = "mlp_only_layers and decoder_sparse_step", "Are these fields right for this checkpoint?"
+        if n >= layers:
+            raise beyond(name, "layer", n, layers, "num_hidden_layers")
+        if match[2] and not sparse:
+            raise CheckpointError(name, f"a dense MLP in layer {n}, by {fields} in config.json", "experts", remedy)
+        if match[3] and sparse:
+            raise CheckpointError(name, f"experts in layer {n}, by {fields} in config.json", "a dense MLP", remedy)
 
 
 def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantization: dict[str, Any]) -> None:
@@ -212,10 +217,27 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantizat
         expected = shapes[f"{path}.weight"]
         if "scales" in tensors:
             entry = quantization.get(path)
-            check_packed(path, tensors, expected, entry if isinstance(entry, dict) else quantization)
+            check_packed(path, tensors, expected, axes(path), entry if isinstance(entry, dict) else quantization)
             continue
         for suffix, array in tensors.items():
             if array is None:  # names alone, as in the host's tests
                 continue
-            if suffix != "weight" or array.shape != expected or not mx.issubdtype(array.dtype, mx.floating):
-                raise shape_error(f"{path}.{suffix}", "floats of the shape", expected, array)
+            if suffix != "weight":
+                raise MissingTensorError(f"{path}.scales", f"beside {suffix}", "nothing", MISSING_FILE)
+            if array.shape != expected:
+                fields = differing(axes(path), expected, array.shape)
+                raise shape_error(f"{path}.weight", f"the shape {list(expected)}", list(array.shape), fields)
+
+
+def check_complete(found: Collection[str], parameters: Iterable[str]) -> None:
+    """All of the host's parameters are there."""
+    missing = [name for name in parameters if name not in found]
+    if not missing:
+        return
+    layer = (match := _LAYER.match(missing[0])) and match[0]
+    whole = layer and not any(name.startswith(layer) for name in found)
+    remedy = MISSING_FILE
+    if whole:
+        remedy = "Is a file of the checkpoint missing, or num_hidden_layers in config.json too large?"
+    others = f", nor {len(missing) - 1} others of the model's tensors" if len(missing) > 1 else ""
+    raise MissingTensorError(missing[0], "in a complete checkpoint", f"nothing{others}", remedy)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import support
 from support import LIMIT, ROOT
@@ -21,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     WARM.off |= config.getoption("--fresh")
     support.quick = "not thorough" in config.getoption("-m")
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_in_any_order_of_tests() -> None:
+    mx.random.seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -181,7 +181,9 @@ def test_an_attention_adapter_of_unsloth_is_no_question(tmp_path, caplog):
 
 def test_one_parameter_alone_takes_the_hidden_size_of_the_base_model(tmp_path):
     message = refusal(ADAPTERS / "gate_up_alone", tmp_path, None)
-    assert message.startswith("language_model.model.layers.0.mlp.experts: expected the base model's config to tell")
+    assert message.startswith(
+        "base_model.model.model.language_model.layers.0.mlp.experts: expected the base model's config.json"
+    )
     assert "--model" in message
     named = copied(tmp_path, "gate_up_alone", base_model_name_or_path=str(BASE))
     assert error(adapted(converted(named, tmp_path, None)), ADAPTERS / "gate_up_alone") < 1e-4

@@ -31,7 +31,7 @@ FIELDS = [
     ({"fan_in_fan_out": True}, "fan_in_fan_out: expected nothing"),
     *(({"init_lora_weights": name}, "init_lora_weights: ") for name in ("pissa", "pissa_niter_4", "olora", "corda")),
     *(({"init_lora_weights": name}, "init_lora_weights: ") for name in ("loftq", "lora_ga", 3, [])),
-    ({"use_dora": True}, "expected lora_A and lora_B and lora_magnitude_vector, found lora_A and lora_B"),
+    ({"use_dora": True}, "expected lora_A, lora_B and lora_magnitude_vector, found lora_A and lora_B"),
     ({"r": 0}, "r: expected a positive integer, found 0"),
     ({"r": 2.0}, "r: expected a positive integer"),
     ({"r": True}, "r: expected a positive integer"),
@@ -75,14 +75,14 @@ TENSORS = [
     (added("base_model.model.lm_head.weight", 96, 40), "lm_head.weight: expected"),
     (added("base_model.model.model.thinker.layers.0.q_proj.lora_A.weight", 2, 40), "thinker.layers.0.q_proj.lora_A"),
     (added(LAYER.format(0) + "self_attn.q_proj.lora_A.second.weight", 2, 40), "found two"),
-    (added("model.layers.0.self_attn.q_proj.lora_A.weight", 2, 40), "found it twice"),
+    (added("model.layers.0.self_attn.q_proj.lora_A.weight", 2, 40), "expected one name for a tensor, found two"),
     (
         added(LAYER.format(0) + "self_attn.q_proj.lora_magnitude_vector", 64),
-        "q_proj: expected lora_A and lora_B, found lora_A and lora_B and lora_magnitude_vector",
+        "q_proj: expected lora_A and lora_B, found lora_A, lora_B and lora_magnitude_vector",
     ),
     (added(LAYER.format(0) + "mlp.experts.lora_magnitude_vector", 64), "experts: expected lora_A and lora_B"),
-    (renamed("layers.2", "layers.7"), "layers.7.mlp.switch_mlp.down_proj: expected no adapter as in the base model"),
-    (renamed("layers.0", "layers.1"), "layers.1.mlp.switch_mlp.down_proj: expected no adapter as in the base model"),
+    (renamed("layers.2", "layers.7"), "layers.7.mlp.experts.base_layer: expected a module that the base model has"),
+    (renamed("layers.0", "layers.1"), "layers.1.mlp.experts.base_layer: expected a module that the base model has"),
     (renamed("layers.0", "layers.00"), "layers.00"),
     (lambda found: {n: a.astype(mx.int32) for n, a in found.items()}, "expected floats, found"),
     (lambda found: {n: a for n, a in found.items() if "visual" in n} | {"x": mx.zeros(1)}, "x: expected lora_A"),
@@ -115,7 +115,7 @@ def test_a_tensor_that_is_missing_or_cut_is_an_error(tensor, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed("experts.3", "experts.5"), "experts.5.down_proj: expected experts 0 to 4"),
+        (renamed("experts.3", "experts.5"), "experts.5.down_proj: expected no expert after 4"),
         (renamed("experts.3", "experts.03"), "experts.03"),
         (renamed(".lora_A", ".lora_C"), "lora_C"),
     ],
@@ -134,7 +134,7 @@ def test_a_tensor_of_mlx_lm_under_two_names_is_an_error(tmp_path):
         name = "language_model.model.layers.2.self_attn.q_proj.lora_a"
         return found | {name.replace("language_model.model.", "model."): found[name]}
 
-    assert "found it twice" in refusal(copied(tmp_path, "trained_lora/mlx", again), tmp_path)
+    assert "expected one name for a tensor, found two" in refusal(copied(tmp_path, "trained_lora/mlx", again), tmp_path)
 
 
 def test_how_many_experts_there_are_is_not_guessed_in_silence(tmp_path, caplog):
@@ -152,12 +152,12 @@ def test_how_many_experts_there_are_is_not_guessed_in_silence(tmp_path, caplog):
 
 
 TRAINED_FIELDS = [
-    ({"fine_tune_type": "full"}, "fine_tune_type: expected lora or dora, found full"),
-    ({"fine_tune_type": "other"}, "fine_tune_type: expected lora or dora, found other"),
-    ({"fine_tune_type": "dora"}, "expected lora_a and lora_b and m, found lora_a and lora_b"),
+    ({"fine_tune_type": "full"}, 'fine_tune_type: expected lora or dora, found "full"'),
+    ({"fine_tune_type": "other"}, 'fine_tune_type: expected lora or dora, found "other"'),
+    ({"fine_tune_type": "dora"}, "expected lora_a, lora_b and m, found lora_a and lora_b"),
     ({"lora_parameters": None}, "lora_parameters: expected an object, found nothing"),
     ({"lora_parameters": {"rank": 3, "alpha": 5}}, "lora_parameters.scale: expected a number, found nothing"),
-    ({"lora_parameters": {"rank": 4, "scale": 5.0}}, "of the rank 4 by lora_parameters"),
+    ({"lora_parameters": {"rank": 4, "scale": 5.0}}, "of rank 4, by lora_parameters"),
     ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "lora_parameters.scale: expected a number"),
 ]
 
@@ -189,7 +189,7 @@ def test_dora_of_experts_is_refused(tmp_path):
     for number, name in enumerate(("separate_experts_some", "experts")):
         (tmp_path / str(number)).mkdir()
         message = refusal(copied(tmp_path / str(number), name, change, use_dora=True), tmp_path / str(number))
-        assert re.search("switch_mlp.down_proj: expected LoRA, found DoRA|lora_magnitude_vector", message)
+        assert re.search("experts.*: expected LoRA, found DoRA|lora_magnitude_vector", message)
 
 
 def test_dora_of_some_modules_and_lora_of_others_is_refused(tmp_path):
@@ -198,7 +198,7 @@ def test_dora_of_some_modules_and_lora_of_others_is_refused(tmp_path):
             found[LAYER.format(layer) + "self_attn.q_proj.lora_magnitude_vector"] = mx.ones(64)
 
     message = refusal(copied(tmp_path, change=change, use_dora=True), tmp_path)
-    assert "mlp.switch_mlp.down_proj: expected DoRA as the other modules have, found LoRA" in message
+    assert "mlp.experts.base_layer: expected DoRA, as in the other modules, found LoRA" in message
 
 
 def test_dora_of_embeddings_is_refused(tmp_path):

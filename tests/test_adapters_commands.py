@@ -74,5 +74,5 @@ def test_the_command_says_what_is_wrong_in_a_line_and_has_a_status(tmp_path):
     done = run(*command, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "Name a folder or a reachable repository with --model." in done.stderr
+    assert "Name its folder or a reachable repository with --model." in done.stderr
     assert "Traceback" not in done.stderr

@@ -19,25 +19,42 @@ from support.commands import run
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        pytest.param("official", without("text_config"), ["text_config", "None", "original"], id="no-text-config"),
-        pytest.param("official", top(text_config="text"), ["text_config", "'text'"], id="text-config-of-a-string"),
+        pytest.param(
+            "official",
+            without("text_config"),
+            ["text_config", "found nothing", "Is this a Qwen3-VL-MoE checkpoint?"],
+            id="no-text-config",
+        ),
+        pytest.param(
+            "official", top(text_config="text"), ["text_config", 'found "text"'], id="text-config-of-a-string"
+        ),
         pytest.param("official", top(text_config=[1]), ["text_config", "[1]"], id="text-config-of-a-list"),
-        pytest.param("official", text(hidden_act="gelu"), ["hidden_act", "'silu'", "gelu"], id="activation"),
-        pytest.param("official", text(attention_bias=True), ["attention_bias", "false", "True"], id="bias-in-config"),
+        pytest.param(
+            "official",
+            text(hidden_act="gelu"),
+            ["hidden_act", '"silu"', '"gelu"', "mlx-lm's qwen3_moe cannot run it"],
+            id="activation",
+        ),
+        pytest.param(
+            "official",
+            text(attention_bias=True),
+            ["attention_bias", "expected false, found true", "cannot run it"],
+            id="bias-in-config",
+        ),
         pytest.param("official", text(num_key_value_heads=3), ["num_key_value_heads", "divisor of 4"], id="kv-heads"),
         pytest.param("official", text(num_experts_per_tok=6), ["num_experts_per_tok", "at most"], id="per-token"),
         pytest.param("official", text(mlp_only_layers={}), ["mlp_only_layers", "list of integers"], id="dense-layers"),
-        pytest.param("official", text(rms_norm_eps=float("nan")), ["rms_norm_eps", "found nan"], id="epsilon-of-nan"),
-        pytest.param("official", text(rope_theta=float("inf")), ["rope_theta", "found inf"], id="infinite-theta"),
+        pytest.param("official", text(rms_norm_eps=float("nan")), ["rms_norm_eps", "found NaN"], id="epsilon-of-nan"),
+        pytest.param("official", text(rope_theta=float("inf")), ["rope_theta", "found Infinity"], id="infinite-theta"),
         pytest.param("official", without("rope_theta", "transformers_version"), ["rope_theta", "5000000"], id="theta"),
         pytest.param(
-            "official", text(rope_scaling={"type": "su"}), ["rope_type", "'yarn'", "found su"], id="rope-type"
+            "official", text(rope_scaling={"type": "su"}), ["rope_type", '"yarn"', 'found "su"'], id="rope-type"
         ),
         pytest.param("official", text(rope_scaling="yarn"), ["rope_scaling", "an object"], id="rope-of-a-string"),
         pytest.param(
             "official",
             text(rope_scaling={"rope_type": "yarn", "factor": 2, "beta_fast": "32"}),
-            ["beta_fast of YaRN", "a positive number", "found 32"],
+            ["beta_fast of YaRN", "a positive number", 'found "32"'],
             id="yarn-of-strings",
         ),
         pytest.param(
@@ -52,15 +69,15 @@ from support.commands import run
         pytest.param(
             "mlx_lm_4bit",
             top(quantization={"group_size": 64, "bits": 8}),
-            ["by 8 bits in groups of 64"],
+            ["(8 bits in groups of 64)", "bits and group_size under quantization"],
             id="mlx-bits-and-group",
         ),
         pytest.param("mlx_lm_4bit", top(quantization={}), ["quantization", "group_size and bits"], id="mlx-empty"),
-        pytest.param("mlx_lm_4bit", top(quantization="4bit"), ["quantization", "found 4bit"], id="mlx-of-a-string"),
+        pytest.param("mlx_lm_4bit", top(quantization="4bit"), ["quantization", 'found "4bit"'], id="mlx-of-a-string"),
         pytest.param(
             "mlx_lm_4bit",
             top(quantization={"group_size": "32", "bits": 4}),
-            ["quantization", "group_size", "positive integer"],
+            ["quantization: group_size", "positive integer"],
             id="mlx-group-of-a-string",
         ),
     ],
@@ -83,8 +100,11 @@ def test_a_size_that_is_missing_or_no_size_is_named(field, value, tmp_path):
     if value is ...:
         del checkpoint.text[field]
     message = refusal(checkpoint.save(tmp_path))
-    found = "nothing" if value in (..., None) else value
-    assert f"{field}: expected a positive integer, found {found}. Correct it" in message
+    found = "nothing" if value in (..., None) else json.dumps(value)
+    assert f"{field}: expected a positive integer, found {found}. " in message
+    assert ("model_type is qwen3_vl" in message) == (
+        field in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+    )
 
 
 ABSURD = {f"{field}-{value}": {field: value} for field in [*REQUIRED, "head_dim"] for value in (2**31 - 1, 10**12)}

@@ -63,7 +63,7 @@ def test_a_damaged_file(change, message, tmp_path):
     ("number", "name"),
     [
         (2, "embed_tokens"),
-        (3, "layers.0.mlp"),
+        (3, "layers.0."),
         (4, "layers.1"),
         (5, "layers.2.mlp"),
         (6, "layers.2.mlp"),

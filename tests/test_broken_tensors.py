@@ -52,32 +52,53 @@ from support.commands import run
         pytest.param(
             "official",
             add(f"{LAYERS}.0.self_attn.q_proj.bias", bfloat16(np.ones(64))),
-            ["layers.0.self_attn.q_proj.bias", "belongs to nothing", "config.json"],
+            ["layers.0.self_attn.q_proj.bias", "a bias, which this model type does not have", "config.json"],
             id="attention-bias",
         ),
         pytest.param(
             "official",
             rename(f"{LAYERS}.0.self_attn.q_norm.weight", f"{LAYERS}.0.self_attn.q_layernorm.weight"),
-            ["q_layernorm", "belongs to nothing"],
+            ["q_layernorm", "one that no known tool writes"],
             id="a-misspelled-name",
         ),
-        pytest.param("official", add("mtp.fc.weight", ONE), ["mtp.fc.weight", "another model type"], id="mtp"),
+        pytest.param("official", add("mtp.fc.weight", ONE), ["mtp.fc.weight", "a draft model"], id="mtp"),
         pytest.param(
-            "official", add("audio_tower.proj.weight", ONE), ["audio_tower.proj.weight", "found another"], id="audio"
+            "official",
+            add("audio_tower.proj.weight", ONE),
+            ["audio_tower.proj.weight", "found one of Qwen3-Omni"],
+            id="audio",
         ),
         pytest.param(
             "official",
             add(f"{LAYERS}.0.mlp.experts.lora_A.weight", ONE),
-            ["experts.lora_A.weight", "belongs to nothing"],
+            ["experts.lora_A.weight", "PEFT adapter that is not merged"],
             id="lora-among-the-experts",
         ),
         pytest.param(
             "official",
             add("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", ONE),
-            ["base_model.model", "an adapter?"],
+            ["base_model.model", "PEFT adapter that is not merged"],
             id="an-adapter-of-peft",
         ),
-        pytest.param("official", text(num_hidden_layers=2), ["layers.2.", "layers 0 to 1"], id="a-layer-too-many"),
+        *(
+            pytest.param("official", add(name, ONE), [found, remedy], id=name)
+            for name, found, remedy in (
+                ("score.weight", "the head of a reward model or classifier", "Use the model that it was trained from"),
+                ("v_head.summary.weight", "the value head of TRL", "pretrained_model"),
+                (f"{LAYERS}.0.self_attn.q_proj.base_layer.weight", "PEFT adapter", "merge_and_unload"),
+                (f"{LAYERS}.0.self_attn.q_proj.lora_A.default.weight", "PEFT adapter", "merge_and_unload"),
+                (f"{LAYERS}.0.self_attn.q_proj.lora_a", "mlx_lm adapter that is not fused", "mlx_lm.fuse"),
+                ("fc.weight", "a draft model", "without the tensors of the draft model"),
+                ("d2t", "a draft model", "without the tensors of the draft model"),
+                (f"_orig_mod.{LAYERS}.0.self_attn.q_proj.weight", "torch.compile", "_orig_mod"),
+            )
+        ),
+        pytest.param(
+            "official",
+            text(num_hidden_layers=2),
+            ["layers.2.", "no layer after 1, as num_hidden_layers is 2, found layer 2. "],
+            id="a-layer-too-many",
+        ),
         pytest.param("official", text(mlp_only_layers=[]), ["layers.1.mlp", "experts in layer 1"], id="dense-experts"),
         pytest.param(
             "official", text(mlp_only_layers=[0, 1]), ["layers.0.mlp", "a dense MLP in layer 0"], id="sparse-as-dense"
@@ -114,7 +135,9 @@ def test_another_model(name, change, expected, tmp_path):
     ("name", "change", "expected"),
     [
         pytest.param("official", drop(f"{LAYERS}.0.self_attn.q_proj.weight"), ["layers.0.self_attn.q_proj"], id="no-q"),
-        pytest.param("official", drop("model.language_model.norm.weight"), ["model.norm.weight"], id="no-norm"),
+        pytest.param(
+            "official", drop("model.language_model.norm.weight"), ["model.language_model.norm.weight"], id="no-norm"
+        ),
         pytest.param("official", drop(f"{LAYERS}.0.mlp.gate.weight"), ["layers.0.mlp.gate.weight"], id="no-router"),
         pytest.param("official", cut(f"{LAYERS}.0.mlp.gate.weight", 4), ["layers.0.mlp.gate.weight"], id="router"),
         pytest.param("official", cut(f"{LAYERS}.0.self_attn.q_proj.weight", 60), ["self_attn.q_proj.weight"], id="q"),
@@ -123,8 +146,12 @@ def test_another_model(name, change, expected, tmp_path):
         pytest.param(
             "official", cut(f"{LAYERS}.1.mlp.up_proj.weight", 50), ["layers.1.mlp.up_proj.weight"], id="dense"
         ),
-        pytest.param("official", cut("lm_head.weight", 95), ["lm_head.weight", "95"], id="head"),
-        pytest.param("official", text(vocab_size=97), ["97", "96"], id="vocabulary"),
+        pytest.param(
+            "official", cut("lm_head.weight", 95), ["lm_head.weight", "found [95, 40]. Is vocab_size"], id="head"
+        ),
+        pytest.param(
+            "official", text(vocab_size=97), ["97", "96", "Is vocab_size in config.json right"], id="vocabulary"
+        ),
         pytest.param("official", text(num_attention_heads=8), ["q_proj.weight", "128"], id="heads"),
         pytest.param("official", text(head_dim=8), ["self_attn"], id="head-dim"),
         pytest.param("official", text(num_hidden_layers=4), ["layers.3."], id="a-layer-too-few"),

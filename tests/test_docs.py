@@ -10,6 +10,7 @@ import ast
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -138,17 +139,41 @@ def normalized(text: str) -> str:
     return re.sub(r"…(?:[.= ]?…)+", "…", text).strip("… ")
 
 
-def template(node: ast.AST) -> str | None:
+def template(node: ast.AST, known: dict[str, str]) -> str | None:
+    """The text of a node, with … for what is filled in; the four parts of an error make one.
+
+    Args:
+        known: texts by the names of the variables that have them.
+    """
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS:
+        where, *parts = (template(part, known) or "…" for part in node.args)
+        return "{}: expected {}, found {}. {}".format(where, *parts) if len(parts) == 3 else where
     if isinstance(node, ast.JoinedStr):
         return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 @cache
-def templates(files: tuple[Path, ...]) -> list[str]:
-    """Every text in these sources that a message can be made of."""
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    return [normalized(text) for node in nodes if (text := template(node))]
+def errors_and_texts(files: tuple[Path, ...]) -> tuple[list[str], list[str]]:
+    """The messages of errors in these sources, and every other text that a message can be made of."""
+    trees = [ast.parse(file.read_text()) for file in files]
+    known = _assigned(node for tree in trees for node in tree.body)
+    errors, texts = [], []
+    for tree in trees:
+        for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] + [tree]:
+            here: dict[str, str] = {}
+            for node in sorted(ast.walk(function), key=lambda node: getattr(node, "lineno", 0)):
+                here |= _assigned([node])
+                if text := template(node, known | here):
+                    (texts if function is tree or not isinstance(node, ast.Call) else errors).append(normalized(text))
+    return errors, texts
+
+
+def _assigned(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    pairs = [(node.targets[0], node.value) for node in nodes if isinstance(node, ast.Assign)]
+    return {one.id: text for one, value in pairs if isinstance(one, ast.Name) and (text := template(value, {}))}
 
 
 OURS = tuple(sorted(Path(mlx_lm_qwen3vlmoe.__file__).parent.rglob("*.py")))
@@ -172,21 +197,19 @@ def test_every_heading_that_quotes_a_message_was_read():
 
 @pytest.mark.parametrize("message", [m for m in [*HEADINGS, *ELSEWHERE] if not is_the_hosts(m)])
 def test_a_message_of_this_package_is_in_its_sources(message):
-    assert any(normalized(message) in text for text in templates(OURS))
+    assert any(normalized(message) in text for texts in errors_and_texts(OURS) for text in texts)
 
 
 @pytest.mark.parametrize("message", [m for m in HEADINGS if is_the_hosts(m) and m not in REAL])
 def test_a_message_of_the_host_is_in_its_sources(message):
-    texts = templates(HOSTS)
+    _, texts = errors_and_texts(HOSTS)
     assert any(normalized(message.replace("qwen3_vl_moe", "…")) in text for text in texts)
 
 
 def test_every_error_of_this_package_has_an_entry():
     quoted = [normalized(message) for message in HEADINGS]
-    calls = [node for file in OURS for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-    raised = [node.args[0] for node in calls if isinstance(node.func, ast.Name) and node.func.id in ERRORS]
-    texts = [normalized(template(message) or "") for message in raised]
-    assert [text for text in texts if not any(quote in text for quote in quoted)] == []
+    errors, _ = errors_and_texts(OURS)
+    assert [text for text in sorted(set(errors)) if not any(quote in text for quote in quoted)] == []
 
 
 def test_the_table_of_formats_is_that_of_the_code():

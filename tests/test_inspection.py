@@ -23,7 +23,7 @@ THOROUGH = pytest.mark.thorough
 CAN_SHARD = hasattr(mlx_lm.models.qwen3_moe.Model, "shard")
 
 
-EMPTY = "expected model*.safetensors, found none. Is the download complete?"
+EMPTY = "expected model*.safetensors, found no such file. Is the download complete?"
 
 
 def inspect_command(*arguments: object, **options):
@@ -178,22 +178,22 @@ def test_a_checkpoint_that_does_not_load_is_described_with_the_error_of_a_load(t
     done = inspect_command(tmp_path, check=False)
     assert done.returncode == 1
     assert "audio.weight" in done.stdout
-    assert "loads         no: CheckpointError: audio.weight: expected a tensor of a Qwen3-VL-MoE model" in done.stdout
+    assert "loads         no: audio.weight: expected a tensor of a Qwen3-VL-MoE model" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("files", "error"),
     [
-        ({}, "expected model*.safetensors, found none"),
+        ({}, "expected model*.safetensors, found no such file"),
         ({"model.safetensors": b"\x00" * 4}, "expected the header of a safetensors file"),
         ({"model.safetensors": b"\xff" * 400}, "expected the header of a safetensors file"),
         ({"model.safetensors": b"\x02" + bytes(7) + b"[]"}, "expected the header of a safetensors file"),
         ({"model.safetensors": b"\x02" + bytes(7) + b"{}"}, "expected config.json"),
         (
             {"model.safetensors": b"\x02" + bytes(7) + b"{}", "config.json": b"[1]"},
-            "expected 'qwen3_vl_moe' or 'qwen3_vl_moe_text', found [1]",
+            "expected qwen3_vl_moe or qwen3_vl_moe_text, found [1]",
         ),
-        ({"model.safetensors": b"\x02" + bytes(7) + b"{}", "config.json": b'{"model_type": "lama"}'}, "found 'lama'"),
+        ({"model.safetensors": b"\x02" + bytes(7) + b"{}", "config.json": b'{"model_type": "lama"}'}, 'found "lama"'),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(tmp_path, files, error):

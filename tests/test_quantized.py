@@ -210,7 +210,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 @pytest.mark.parametrize(
     ("case", "change", "config", "message"),
     [
-        ("awq-w4-gemm", {}, {"quant_method": "fp8"}, r"layer\.qweight: expected quant_method .*awq"),
+        ("awq-w4-gemm", {}, {"quant_method": "fp8"}, r"layer\.qweight: expected the quant_method .*awq"),
         ("awq-w4-gemm", {}, AWQ | {"version": "gemv"}, r"layer\.scales: expected the shape \[96, 32\]"),
         (
             "awq-w4-gemm",
@@ -223,11 +223,21 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ("awq-w4-gemm", {"scales": None}, AWQ, r"layer\.scales: expected beside the other tensors"),
         ("awq-w4-gemm", {"scales": mx.ones((3, 63))}, AWQ, r"layer\.scales: expected the shape \[3, 64\], found"),
         ("awq-w4-gemm", {"qzeros": mx.ones((3, 4), mx.int32)}, AWQ, r"layer\.qzeros: expected the shape \[3, 8\]"),
-        ("awq-w4-gemm", {"pre_quant_scale": mx.ones(96)}, AWQ, r"layer\.pre_quant_scale: expected nothing"),
+        (
+            "awq-w4-gemm",
+            {"pre_quant_scale": mx.ones(96)},
+            AWQ,
+            r"layer\.pre_quant_scale: expected only the tensors of awq",
+        ),
         ("gptq-w4-sym", {"qzeros": None}, None, r"layer\.qzeros"),
         ("gptq-w4-sym", {"qweight": mx.ones((12, 63), mx.int32)}, None, r"layer\.qweight: expected the shape"),
         ("gptq-w4-sym", {"g_idx": mx.ones(50, mx.int32)}, None, r"layer\.g_idx: expected the shape"),
-        ("gptq-w4-sym", {}, GPTQ | {"checkpoint_format": "marlin"}, r"expected gptq, gptq_v2, gptq_p .*found 'marlin'"),
+        (
+            "gptq-w4-sym",
+            {},
+            GPTQ | {"checkpoint_format": "marlin"},
+            r'expected gptq, gptq_v2 or gptq_p .*found "marlin"',
+        ),
         ("gptq-p-w3-sym", {"qweight": mx.ones((9, 48), mx.int32)}, None, r"layer\.qweight: expected the shape"),
     ],
 )
@@ -245,7 +255,7 @@ def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change,
         (
             "fp8-perexpert",
             {"q_proj.weight_scale_inv": None},
-            r"q_proj\.weight(_scale)?: expected",
+            r"q_proj\.weight_scale_inv: expected",
         ),
         (
             "fp8-perexpert",
@@ -301,7 +311,7 @@ def test_a_float_expert_among_packed_ones_makes_its_projection_float(caplog):
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({"quant_method": "sinq"}, r"quant_method: expected one of .*awq, .*, found 'sinq'"),
+        ({"quant_method": "sinq"}, r"quant_method: expected one of .*awq, .*, found .sinq"),
         ({"bits": 4, "quant_method": None}, r"quant_method: expected one of"),
         ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, r"transform_config: expected nothing"),
         (
@@ -341,9 +351,11 @@ def test_modelopts_awq_without_scales_of_inputs_is_packed():
     assert parameters == {"group_size": 32, "bits": 4}
     found = quantization.dequantize(packed, parameters, mx.float32) * smooth
     assert mx.allclose(found, whole["weight"], rtol=1e-6, atol=1e-7)
-    with pytest.raises(CheckpointError, match=r"layer\.weight_scale: expected groups of 64 of 64 inputs, found 2"):
+    with pytest.raises(CheckpointError, match=r"layer\.weight_scale: expected 64 inputs in groups of 64, found 2"):
         decode(tensors, settings | {"group_size": 64})
-    with pytest.raises(CheckpointError, match=r"layer\.weight: expected another format, found W4A8_AWQ"):
+    with pytest.raises(
+        CheckpointError, match=r"layer\.weight: expected another quant_algo in quantization_config, found W4A8_AWQ"
+    ):
         decode(tensors, settings | {"quant_algo": "W4A8_AWQ"})
 
 

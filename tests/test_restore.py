@@ -267,7 +267,7 @@ def test_a_quantized_repository_is_refused_before_it_is_downloaded(tmp_path):
     with serving_hub(QuantizedHub) as variables:
         environment = variables | {"HF_HOME": str(tmp_path / "home")}
         done = command(*arguments, "--save-path", tmp_path / "out", check=False, env=environment)
-    assert "Take the one that it was made from: Qwen/Qwen3-VL-30B-A3B-Thinking." in done.stderr
+    assert "Use the original that it was made from: Qwen/Qwen3-VL-30B-A3B-Thinking." in done.stderr
     assert any("config.json" in path for path in QuantizedHub.asked)
     assert not any("model.safetensors" in path for path in QuantizedHub.asked)
 

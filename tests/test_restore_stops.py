@@ -76,7 +76,7 @@ def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(pai
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.unfinished" / "config.json").exists()  # without which nothing loads it
     message = refusal(*pair, tmp_path / "out")
-    assert "out.unfinished: expected nothing, found what another run is writing, or one that was killed left" in message
+    assert "out.unfinished: expected nothing, found what another run is writing, or has left" in message
 
 
 def test_two_runs_at_a_time_do_not_mix(pair, tmp_path):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, series
 from ..files.writing import new_folder
 from . import mlx, peft, peft_writing
 from .base import Base
-from .files import CONFIG, read_config, write
+from .files import CONFIG, as_in_file, read_config, write
 from .lora import check, layer_order
 
 
@@ -37,7 +37,8 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
     found = peft.read(folder, base) if from_peft else mlx.read(folder)
     found.base = base.name
     found.modules = {path: found.modules[path] for path in sorted(found.modules, key=layer_order)}
-    check(found, base.shapes("--model" if model else None))
+    with as_in_file(found.names):
+        check(found, base.shapes("--model" if model else None))
     done = f"{'DoRA' if found.dora else 'LoRA'} of {len(found.modules)} modules"
     with new_folder(Path(save_path), 0) as stage:
         if from_peft:
@@ -57,9 +58,9 @@ def _found(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=[CONFIG, peft.FILE, mlx.FILE]))
     except Exception as e:  # its own kinds, by version, and those of its transport
         reason = str(e).partition("\n")[0]
-        raise CheckpointError(
-            f"{adapter}: expected an adapter's folder or a reachable repository, found {type(e).__name__}: {reason}"
-        ) from e
+        remedy = "Is the name of the folder or repository right? A private one needs a login (hf auth login)."
+        found = f"neither ({type(e).__name__}: {reason.rstrip('.')})"
+        raise CheckpointError(adapter, "an adapter's folder or a reachable repository", found, remedy) from e
 
 
 def _is_peft(folder: Path) -> bool:
@@ -67,12 +68,13 @@ def _is_peft(folder: Path) -> bool:
     if len(found) == 1:
         return found[0] == peft.FILE
     if found:
-        raise CheckpointError(f"{folder}: expected {peft.FILE} or {mlx.FILE}, found both. Remove one, and its config.")
+        raise CheckpointError(folder, f"{peft.FILE} or {mlx.FILE}", "both", f"Remove one of them, and its {CONFIG}.")
     others = sorted(path.name for path in folder.glob("adapter*") if path.name != CONFIG)
-    raise CheckpointError(
-        f"{folder}: expected {peft.FILE} (PEFT) or {mlx.FILE} (mlx_lm), found {', '.join(others) or 'neither'}. "
-        "Pickled files (.bin, .pt) are not read: load them with PEFT, and save_pretrained writes safetensors."
-    )
+    remedy = "Is this the folder of an adapter?"
+    if others:
+        remedy = "Pickled files (.bin, .pt) are not read: load them with PEFT, and save_pretrained writes safetensors."
+    expected = f"{peft.FILE} (PEFT) or {mlx.FILE} (mlx_lm)"
+    raise CheckpointError(folder, expected, series(others or ["neither"], "and"), remedy)
 
 
 def _named(folder: Path, field: str) -> str | None:

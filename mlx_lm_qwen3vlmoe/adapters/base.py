@@ -38,8 +38,10 @@ class Base:
             self._shapes = _shapes(folder)
         if self._shapes is None and needed is not None:
             raise CheckpointError(
-                f"{needed}: expected the base model's config to tell, found {self.name or 'no name of it'}. Name a "
-                "folder or a reachable repository with --model."
+                needed,
+                "the base model's config.json, which tells the sizes",
+                f"none for {self.name}" if self.name else "no name of the base model",
+                "Name its folder or a reachable repository with --model.",
             )
         return self._shapes
 

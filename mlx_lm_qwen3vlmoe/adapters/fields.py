@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from typing import Any
 
-from ..errors import LARGEST, CheckpointError
+from ..errors import LARGEST, CheckpointError, shown
+
+CORRECT = "Correct it, or use the adapter_config.json that the trainer wrote."
 
 
 class Fields:
@@ -16,12 +17,8 @@ class Fields:
         self.values = values
         self.where = where
 
-    def error(self, field: str, expected: str, found: object) -> CheckpointError:
-        what = "nothing" if found is None else found if isinstance(found, str) else reprlib.repr(found)
-        return CheckpointError(
-            f"adapter_config.json: {self.where}{field}: expected {expected}, found {what}. Correct it, or take the "
-            "original adapter."
-        )
+    def error(self, field: str, expected: str, found: object, remedy: str = CORRECT) -> CheckpointError:
+        return CheckpointError(f"adapter_config.json: {self.where}{field}", expected, shown(found), remedy)
 
     def _get(self, field: str, kinds: tuple[type, ...], expected: str, default: Any) -> Any:
         value = self.values.get(field)

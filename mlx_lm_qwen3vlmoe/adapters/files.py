@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..files.headers import read_header
-from ..layouts.names import shortened
+from ..files.writing import no_space
 
 CONFIG = "adapter_config.json"
 _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
-def broken(where: str, expected: str, found: object) -> CheckpointError:
-    """The error for tensors that do not belong together."""
-    return CheckpointError(f"{shortened(where)}: expected {expected}, found {found}. Take the original adapter.")
+def broken(where: object, expected: str, found: object) -> CheckpointError:
+    """The error for tensors that do not belong together, or to the config."""
+    remedy = f"Is {CONFIG} that of this adapter? If so, download or save the adapter again."
+    return CheckpointError(where, expected, found, remedy)
+
+
+@contextlib.contextmanager
+def as_in_file(names: dict[str, str]) -> Iterator[None]:
+    """Have errors name modules as the file does; ``names`` are by the host's."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.rename(lambda name: names.get(name, name))
+        raise
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    found: object
+    found: str
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if isinstance(config, dict):
             return config
-        found = f"no object, but a {type(config).__name__}"
+        found = f"{shown(config)}, which is no object"
+    except FileNotFoundError:
+        found = "no such file"
     except (OSError, ValueError, RecursionError) as e:
-        found = e
-    raise CheckpointError(f"{folder}: expected {CONFIG}, found {found}. Take it from where the adapter is from.")
+        found = f"what cannot be read ({e})"
+    raise CheckpointError(folder, CONFIG, found, "Download or save the adapter again.")
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:
@@ -42,11 +57,13 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
             raise ValueError(f"{size} of its {end} bytes")
         tensors: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as e:
-        raise CheckpointError(f"{file}: expected a safetensors file, found {e}. Download it again.") from e
+        found = f"what cannot be read ({str(e).rstrip('.')})"
+        raise CheckpointError(file, "a safetensors file", found, "Download it again.") from e
     for name, array in tensors.items():
         offsets = header[name]["data_offsets"]
         if array.dtype not in _DTYPES or array.size == 0 or offsets[1] - offsets[0] != array.nbytes:
-            raise broken(name, "floats", f"{array.dtype} of the shape {list(array.shape)} at {offsets} of the file")
+            found = f"{array.dtype} of the shape {list(array.shape)} at {offsets} of the file"
+            raise CheckpointError(name, "floats", found, "Download or save the adapter again.")
     return dict(sorted(tensors.items()))
 
 
@@ -60,7 +77,7 @@ def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[st
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that numbers are aligned
     if (free := shutil.disk_usage(folder).free) < end:
-        raise CheckpointError(f"{folder.parent}: expected {end / 1e9:.3f} GB of free disk, found {free / 1e9:.3f}.")
+        raise no_space(folder.parent, end, free)
     with (folder / name).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for path in list(tensors):

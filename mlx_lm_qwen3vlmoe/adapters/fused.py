@@ -54,8 +54,10 @@ def over_inputs(layers: dict[str, dict[str, Pair]], hidden: int | None, ask: Cal
         found = _shared(layers, ask(f"{next(iter(layers))}.experts"))
     if len(found) == 2:
         raise CheckpointError(
-            f"{next(iter(layers))}.experts: expected sizes that tell whether A belongs to the inputs or to the "
-            "outputs, found a square parameter. An adapter of both gate_up_proj and down_proj tells."
+            f"{next(iter(layers))}.experts",
+            "sizes that tell whether A belongs to the inputs or to the outputs",
+            "a square parameter",
+            "Merge the adapter with PEFT, or train one of both gate_up_proj and down_proj.",
         )
     return found.pop()
 
@@ -69,8 +71,9 @@ def _shared(layers: dict[str, dict[str, Pair]], hidden: int | None) -> set[bool]
             sizes = f"[H, 2I] of gate_up_proj and [I, H] of down_proj {one}, in this order or both the other way around"
             raise broken(f"{mlp}.experts", sizes, _shown(pairs))
         if not (shared := shared & found):
-            both = f"{_shown(pairs)} unlike {first}.experts, {_shown(layers[first])}"
-            raise broken(f"{mlp}.experts", "A to belong to the inputs in all layers or in none", both)
+            both = f"{_shown(layers[first])}, then {_shown(pairs)}"
+            where = f"{first}.experts", f"{mlp}.experts"
+            raise broken(where, "A to belong to the inputs in all layers or in none", both)
     return shared
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..config import axes
 from ..errors import CheckpointError
 from ..layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, host_name
 from .files import broken
@@ -23,22 +24,9 @@ _MODULE = re.compile(
     rf"{_LAYER}\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|(?:switch_mlp\.)?(?:gate|up|down)_proj))"
     rf"|{re.escape(HEAD)}|{re.escape(EMBEDDINGS)}"
 )
-_H, _HEADS, _KV = "hidden_size", "num_attention_heads · head_dim", "num_key_value_heads · head_dim"
-_SIZES = {  # end of a path → its inputs and its outputs
-    ".q_proj": (_H, _HEADS),
-    ".k_proj": (_H, _KV),
-    ".v_proj": (_H, _KV),
-    ".o_proj": (_HEADS, _H),
-    ".mlp.gate": (_H, "num_experts"),
-    ".mlp.gate_proj": (_H, "intermediate_size"),
-    ".mlp.up_proj": (_H, "intermediate_size"),
-    ".mlp.down_proj": ("intermediate_size", _H),
-    ".switch_mlp.gate_proj": (_H, "moe_intermediate_size"),
-    ".switch_mlp.up_proj": (_H, "moe_intermediate_size"),
-    ".switch_mlp.down_proj": ("moe_intermediate_size", _H),
-    HEAD: (_H, "vocab_size"),
-    EMBEDDINGS: ("vocab_size", _H),
-}
+
+
+MERGE = "Merge the adapter with PEFT, and load the merged checkpoint."
 
 
 class Lora(NamedTuple):
@@ -83,11 +71,13 @@ class Adapter:
 
     Attributes:
         modules: path in the host's model → its change.
+        names: path in the host's model → the module's name in the file.
         dropout: of further training.
         base: the base model's name, as the adapter has it.
     """
 
     modules: dict[str, Lora] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     dropout: float = 0.0
     base: str | None = None
 
@@ -111,8 +101,9 @@ def stack(path: str, experts: list[Lora | None]) -> Lora:
     found = [(lora or none).with_scale(scale).with_rank(rank) for lora in experts]
     for number, lora in enumerate(found):
         if lora.a.shape != found[0].a.shape or lora.b.shape != found[0].b.shape:
-            shapes = f"{list(lora.a.shape)} and {list(lora.b.shape)}"
-            raise broken(path.replace("switch_mlp", f"experts.{number}"), "the shapes of the other experts", shapes)
+            shapes, others = (f"A {list(each.a.shape)} and B {list(each.b.shape)}" for each in (lora, found[0]))
+            where = path.replace("switch_mlp", f"experts.{number}")
+            raise broken(where, f"{others}, as in the other experts", shapes)
     return Lora(mx.stack([lora.a for lora in found]), mx.stack([lora.b for lora in found]), scale, first.magnitude)
 
 
@@ -142,35 +133,33 @@ def sizes(modules: dict[str, Lora]) -> dict[str, int]:
     """
     known: dict[str, tuple[int, str]] = {}
     for path, lora in modules.items():
-        inputs, outputs = next(names for end, names in _SIZES.items() if path.endswith(end))
+        outputs, inputs = axes(path)[-2:] if path != EMBEDDINGS else axes(path)[::-1]
         found = [(inputs, lora.a.shape[-1]), (outputs, lora.b.shape[-2])]
         if is_expert(path):
             found.append(("num_experts", lora.a.shape[0]))
         for name, size in found:
             first, where = known.setdefault(name, (size, path))
             if first != size:
-                raise broken(path, f"{first} for {name} as in {where}", size)
+                raise broken((where, path), f"one {name}", f"{first} and {size}")
     return {name: size for name, (size, _) in known.items()}
 
 
 def check_shapes(path: str, lora: Lora) -> None:
     """Raise `CheckpointError` for a change of what no host has, or whose matrices do not belong together."""
     if not _MODULE.fullmatch(path):
-        raise broken(path, "a linear layer of the language model", "another")
+        raise CheckpointError(path, "a linear layer of the language model", "another module", MERGE)
     stack, stacked, outputs = lora.a.shape[:-2], is_expert(path), lora.b.shape[-2]
     if len(stack) != stacked or lora.b.shape != (*stack, outputs, lora.rank):
-        raise broken(path, "A [rank, in] and B [out, rank]", f"{list(lora.a.shape)} and {list(lora.b.shape)}")
+        raise broken(path, "A [rank, in] and B [out, rank]", f"A {list(lora.a.shape)} and B {list(lora.b.shape)}")
     if lora.magnitude is not None and (stacked or path == EMBEDDINGS):
-        raise CheckpointError(f"{path}: expected LoRA, found DoRA, which mlx_lm and PEFT do not have alike for it.")
+        raise CheckpointError(path, "LoRA", "DoRA, which differs between mlx_lm and PEFT for this module", MERGE)
     if lora.magnitude is not None and lora.magnitude.shape != (outputs,):
         raise broken(path, f"a magnitude of the shape [{outputs}]", list(lora.magnitude.shape))
 
 
-def unlike_base(path: str, expected: str, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: expected {expected} as in the base model, found {found}. Is that the model that the adapter was "
-        "trained on? If not, name it with --model."
-    )
+def unlike_base(path: str, expected: str, found: object) -> CheckpointError:
+    remedy = "Is the base model the one that the adapter was trained on? If not, name that one with --model."
+    return CheckpointError(path, expected, found, remedy)
 
 
 def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
@@ -181,15 +170,17 @@ def check(adapter: Adapter, shapes: dict[str, tuple[int, ...]] | None) -> None:
         shapes: path → shape of the weight, of the base model; None where it is not at hand.
     """
     if not adapter.modules:
-        raise CheckpointError("adapter: expected LoRA of the language model, found none. Is it for vision layers only?")
+        remedy = "Is the adapter for vision layers only? A text model has no use for it."
+        raise CheckpointError("adapter", "LoRA of the language model", "none", remedy)
     for path, lora in adapter.modules.items():
         check_shapes(path, lora)
         if adapter.dora and lora.magnitude is None:
-            raise broken(path, "DoRA as the other modules have", "LoRA")
+            raise broken(path, "DoRA, as in the other modules", "LoRA")
         found = (*lora.a.shape[:-2], lora.b.shape[-2], lora.a.shape[-1])
         if path == EMBEDDINGS:
             found = found[::-1]
         if shapes is not None and shapes.get(path) != found:
-            expected = f"a weight {list(shapes[path])}" if path in shapes else "no adapter"
-            raise unlike_base(path, expected, f"one for {list(found)}")
+            if path not in shapes:
+                raise unlike_base(path, "a module that the base model has", "one that it does not have")
+            raise unlike_base(path, f"{list(shapes[path])}, as the weight of the base model", list(found))
     sizes(adapter.modules)

@@ -22,10 +22,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..layouts.names import shortened
-from .fields import Fields
-from .files import broken, read_config, read_tensors
+from ..errors import CheckpointError, series
+from .fields import CORRECT, Fields
+from .files import as_in_file, broken, read_config, read_tensors
 from .lora import Adapter, Lora, host_path, in_common, is_expert
 
 FILE = "adapters.safetensors"
@@ -36,37 +35,35 @@ def read(folder: Path) -> Adapter:
     """Read an adapter that ``mlx_lm.lora`` trained; raises `CheckpointError`."""
     config = Fields(read_config(folder))
     kind = config.text("fine_tune_type", "lora")
-    if kind == "full":
-        raise CheckpointError(
-            "adapter_config.json: fine_tune_type: expected lora or dora, found full, which is no adapter: its file has "
-            "whole weights. mlx_lm.fuse puts them into the model."
-        )
     if kind not in ("lora", "dora"):
-        raise config.error("fine_tune_type", "lora or dora", kind)
+        remedy = "The file of full training has whole weights, which mlx_lm.fuse puts into the model."
+        raise config.error("fine_tune_type", "lora or dora", kind, remedy if kind == "full" else CORRECT)
     parameters = Fields(config.object("lora_parameters"), "lora_parameters.")
     rank, scale = parameters.integer("rank"), parameters.number("scale")
     adapter = Adapter(dropout=parameters.number("dropout", 0.0), base=config.text("model", "") or None)
-    for path, parts in _by_module(read_tensors(folder / FILE)).items():
-        change = adapter.modules[path] = _module(path, parts, scale, kind == "dora")
-        if change.a.ndim < 2 or change.b.ndim < 2 or (change.a.shape[-2], change.b.shape[-1]) != (rank, rank):
-            shapes = f"{list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}"
-            raise broken(path, f"lora_a and lora_b of the rank {rank} by lora_parameters", shapes)
+    modules = _by_module(read_tensors(folder / FILE), adapter.names)
+    with as_in_file(adapter.names):
+        for path, parts in modules.items():
+            change = adapter.modules[path] = _module(path, parts, scale, kind == "dora")
+            if change.a.ndim < 2 or change.b.ndim < 2 or (change.a.shape[-2], change.b.shape[-1]) != (rank, rank):
+                shapes = f"the shapes {list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}"
+                raise broken(path, f"lora_a and lora_b of rank {rank}, by lora_parameters", shapes)
     return adapter
 
 
-def _by_module(tensors: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+def _by_module(tensors: dict[str, mx.array], names: dict[str, str]) -> dict[str, dict[str, mx.array]]:
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in tensors.items():
         match = _TENSOR.fullmatch(name)
         path = host_path(match[1]) if match else None
         if match is None or not path:
-            raise CheckpointError(
-                f"{shortened(name)}: expected lora_a, lora_b or m of a layer, found a tensor that is none. Is the "
-                "adapter of another model type, or of full training?"
-            )
+            remedy = "Is the adapter of another model type, or of full training?"
+            raise CheckpointError(name, "lora_a, lora_b or m of a layer", "another tensor", remedy)
         module = modules.setdefault(path, {})
         if match[2] in module:
-            raise broken(name, "it once", "it twice, under two names")
+            where = f"{names[path]}.{match[2]}", name
+            raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")
+        names[path] = match[1]
         module[match[2]] = array
     return modules
 
@@ -74,7 +71,7 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
 def _module(path: str, parts: dict[str, mx.array], scale: float, dora: bool) -> Lora:
     expected = {"lora_a", "lora_b"} | ({"m"} if dora else set())
     if parts.keys() != expected:
-        raise broken(path, " and ".join(sorted(expected)), " and ".join(sorted(parts)))
+        raise broken(path, series(sorted(expected), "and"), series(sorted(parts), "and"))
     a, b = parts["lora_a"], parts["lora_b"]
     if is_expert(path):
         if a.ndim == 2 and b.ndim == 3 and a.shape[0] % b.shape[0] == 0:

@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..layouts.names import EMBEDDINGS, NUMBER, shortened
+from ..errors import CheckpointError, series, shown
+from ..layouts.names import EMBEDDINGS, NUMBER
+from ..layouts.stacking import PROJECTIONS
 from . import fused
 from .base import Base
-from .files import broken, read_tensors
+from .files import as_in_file, broken, read_tensors
 from .fused import DOWN, GATE_UP, Pair
-from .lora import Adapter, Lora, check_shapes, host_path, sizes, stack, unlike_base
+from .lora import MERGE, Adapter, Lora, check_shapes, host_path, sizes, stack, unlike_base
 from .peft_config import PeftConfig
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,12 @@ class Module(NamedTuple):
     """What a file has for a module.
 
     Attributes:
+        stored: its name in the file.
         name: of the module in the model that was trained.
         parts: its tensors.
     """
 
+    stored: str
     name: str
     parts: Parts
 
@@ -63,6 +66,23 @@ def read(folder: Path, base: Base) -> Adapter:
     modules = _by_module(tensors)
     _announce_left_out(tensors)
     adapter = Adapter(dropout=config.dropout, base=base.name)
+    adapter.names = _names(modules)
+    with as_in_file(adapter.names):
+        _fill(adapter, modules, config, base, folder)
+    return adapter
+
+
+def _names(modules: dict[str, Module]) -> dict[str, str]:
+    """Path in the host's model → the module's name in the file, of stacked experts that of the first."""
+    names = {path: module.stored for path, module in modules.items()}
+    for path, module in modules.items():
+        single, several = _SINGLE.fullmatch(path), _FUSED.fullmatch(path)
+        for projection in [single[3]] if single else PROJECTIONS if several else []:
+            names.setdefault(f"{path.partition('.experts')[0]}.switch_mlp.{projection}", module.stored)
+    return names
+
+
+def _fill(adapter: Adapter, modules: dict[str, Module], config: PeftConfig, base: Base, folder: Path) -> None:
     single: dict[str, dict[int, Lora]] = {}
     for path, module in modules.items():
         if match := _SINGLE.fullmatch(path):
@@ -83,7 +103,6 @@ def read(folder: Path, base: Base) -> Adapter:
             for name, pair in pairs.items():
                 in_two = name == GATE_UP and fused.is_in_two(probe[name], over_in, blocks)
                 adapter.modules |= fused.separate(mlp, name, pair, over_in, blocks, in_two)
-    return adapter
 
 
 def _by_module(tensors: dict[str, mx.array]) -> dict[str, Module]:
@@ -98,12 +117,13 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, Module]:
         part, adapter = _part_of(tensor, path)
         adapters.add(adapter)
         if len(adapters) > 1:
-            raise CheckpointError(
-                f"{shortened(tensor)}: expected one adapter in the file, found two, by the names in their tensors."
-            )
-        module = modules.setdefault(path, Module(name.removesuffix(".base_layer"), {}))
+            found = series([each.strip(".") or "one without a name" for each in sorted(adapters)], "and")
+            raise CheckpointError(tensor, "one adapter in the file", f"two, {found}", "Save one of them with PEFT.")
+        stored = tensor.partition(".lora_")[0]
+        module = modules.setdefault(path, Module(stored, name.removesuffix(".base_layer"), {}))
         if part in module.parts:
-            raise broken(tensor, "it once", "it twice, under two names")
+            where = f"{module.stored}{tensor.removeprefix(stored)}", tensor
+            raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")
         module.parts[part] = array
     return modules
 
@@ -122,10 +142,8 @@ def _part_of(tensor: str, path: str) -> tuple[str, str]:
     match = _TENSOR.fullmatch(tensor)
     adapter = match[3].removesuffix(".weight") if match else ""
     if not match or not path or adapter.count(".") > 1 or adapter.endswith(".bias"):
-        raise CheckpointError(
-            f"{shortened(tensor)}: expected lora_A, lora_B or lora_magnitude_vector of a Qwen3-VL-MoE model, found "
-            "a tensor that no adapter of mlx_lm can hold. Merge the adapter with PEFT."
-        )
+        expected = "lora_A, lora_B or lora_magnitude_vector of a Qwen3-VL-MoE model"
+        raise CheckpointError(tensor, expected, "a tensor that no adapter of mlx_lm can hold", MERGE)
     return match[2], adapter
 
 
@@ -143,13 +161,13 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     kinds = ("embedding_A", "embedding_B") if path == EMBEDDINGS else ("A", "B")
     expected = {*kinds, *(["magnitude_vector"] if config.dora else [])}
     if parts.keys() != expected:
-        raise broken(module.name, _listed(expected), _listed(parts))
+        raise broken(module.stored, _listed(expected), _listed(parts))
     parameter = f"{module.name}.weight"
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
-        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}] by r and rank_pattern"
-        raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")
+        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}], by r and rank_pattern"
+        raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
     lora = Lora(a, b, scale, parts.get("magnitude_vector"))
     if not _SINGLE.fullmatch(path):
         check_shapes(path, lora)
@@ -157,7 +175,7 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
 
 
 def _listed(kinds: Iterable[str]) -> str:
-    return " and ".join(f"lora_{kind}" for kind in sorted(kinds))
+    return series([f"lora_{kind}" for kind in sorted(kinds)], "and")
 
 
 def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) -> dict[str, Lora]:
@@ -175,7 +193,7 @@ def _stacked(single: dict[str, dict[int, Lora]], count: int | None, base: Base) 
     for path, experts in single.items():
         if max(experts) >= count:
             odd = path.replace("switch_mlp", f"experts.{max(experts)}")
-            raise unlike_base(odd, f"experts 0 to {count - 1}", "it")
+            raise unlike_base(odd, f"no expert after {count - 1}, as in the base model", f"expert {max(experts)}")
         stacked[path] = stack(path, [experts.get(n) for n in range(count)])
     return stacked
 
@@ -194,15 +212,15 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
         elif len(targeted) == 1 and not match[2]:
             (name,) = targeted
         else:
-            targets = "LoRA of those of gate_up_proj and down_proj that target_parameters names"
-            raise broken(module.name, targets, f"one for {config.parameters}")
+            targets = "as many adapters of experts as target_parameters names gate_up_proj and down_proj"
+            raise broken(module.stored, targets, f"target_parameters {shown(config.parameters)}")
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
         if module.parts.keys() != {"A", "B"}:
-            raise broken(module.name, f"lora_A and lora_B of {name}", _listed(module.parts))
+            raise broken(module.stored, f"lora_A and lora_B of {name}", _listed(module.parts))
         a, b = module.parts["A"], module.parts["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name} by r and rank_pattern"
-            raise broken(module.name, shapes, f"{list(a.shape)} and {list(b.shape)}")
+            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name}, by r and rank_pattern"
+            raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
         layers.setdefault(match[1], {})[name] = Pair(a, b, rank, scale)
     return layers
 

@@ -13,13 +13,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..errors import series
 from .fields import Fields
 from .files import read_config
+from .lora import MERGE
 
 _INITIAL = ("gaussian", "eva", "orthogonal")  # which leave the base model as it is
 _REFUSED = {  # fields that have to be empty, and why
-    "modules_to_save": "whole layers are no adapter: merge them with PEFT",
-    "trainable_token_indices": "rows of the embeddings are no LoRA: merge them with PEFT",
+    "modules_to_save": "whole layers are no adapter",
+    "trainable_token_indices": "rows of the embeddings are no LoRA",
     "layer_replication": "the model would have other layers",
     "alora_invocation_tokens": "the adapter would have to be switched on by tokens",
     "use_qalora": "inputs would have to be pooled",
@@ -28,8 +30,8 @@ _REFUSED = {  # fields that have to be empty, and why
     "monteclora_config": "the matrices would be drawn at random",
     "kasa_config": "the weights would be cut beforehand",
     "fan_in_fan_out": "this model has no layers stored by inputs",
-    "lora_bias": "the host's LoRA has no biases",
-    "ensure_weight_tying": "the host's head and embeddings are adapted apart",
+    "lora_bias": "LoRA in mlx_lm has no biases",
+    "ensure_weight_tying": "in mlx_lm, head and embeddings are adapted apart",
 }
 _ENDLESS = re.compile(r"\)[*+{]|(?:[*+?}].*){5}")  # what a hostile pattern needs to run for ever
 _LAYOUTS = ("rank_major", "grouped_by_expert")
@@ -42,19 +44,19 @@ class PeftConfig(Fields):
         super().__init__(read_config(folder))
         kind = self.text("peft_type")
         if kind.upper() != "LORA":
-            raise self.error("peft_type", "LORA, the one that mlx_lm has", kind)
+            raise self.error("peft_type", "LORA, the only type that mlx_lm has", kind, MERGE)
         for field, reason in _REFUSED.items():
             if self.values.get(field) not in (None, False, [], {}, ""):
-                raise self.error(field, f"nothing ({reason})", self.values[field])
+                raise self.error(field, f"nothing ({reason})", self.values[field], MERGE)
         if (bias := self.text("bias", "none")) != "none":
-            raise self.error("bias", "none (the host's model has no biases)", bias)
+            raise self.error("bias", "none (the model has no biases)", bias, MERGE)
         initial = self.values.get("init_lora_weights", True)
         if not isinstance(initial, bool) and initial is not None and initial not in _INITIAL:
             raise self.error(
                 "init_lora_weights",
-                f"true, false or one of {', '.join(_INITIAL)} (others change the base model, so that the adapter alone "
-                "is not the difference: save it with PEFT's path_initial_model_for_weight_conversion)",
+                f"{series(['true', 'false', *_INITIAL])} (others change the base model as well)",
                 initial,
+                "Save the adapter with PEFT's path_initial_model_for_weight_conversion.",
             )
         self.dora, self.rslora = self.flag("use_dora"), self.flag("use_rslora")
         self.rank, self.alpha = self.integer("r"), self.number("lora_alpha", 8)

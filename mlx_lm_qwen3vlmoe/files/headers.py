@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..discovery.claims import MODEL_TYPES, own_module
-from ..errors import CheckpointError
+from ..errors import CheckpointError, series, shown
 
 CONFIGS = ["config.json", "hf_quant_config.json"]
 _INDEX = "model.safetensors.index.json"
@@ -30,7 +30,7 @@ def local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
         if (size := path.stat().st_size) < end:
             notes.append(f"{path.name}: {end - size} of its {end} bytes are missing: it will not load as it is")
     if not headers:
-        raise CheckpointError(f"{folder}: expected model*.safetensors, found none. Is the download complete?")
+        raise CheckpointError(folder, "model*.safetensors", "no such file", "Is the download complete?")
     return headers
 
 
@@ -46,9 +46,7 @@ def read_header(path: Path) -> tuple[Header, int]:
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         complete = False
     if not complete:
-        raise CheckpointError(
-            f"{path}: expected the header of a safetensors file, found none. Download the file again."
-        )
+        raise CheckpointError(path, "the header of a safetensors file", "something else", "Download the file again.")
     return header, end
 
 
@@ -68,7 +66,7 @@ def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
     if folder.is_dir():
         return folder, local_headers(folder, notes)
     if folder.exists():
-        raise CheckpointError(f"{checkpoint}: expected a folder, found a file. Name the folder that it is in.")
+        raise CheckpointError(checkpoint, "a folder", "a file", "Name the folder that it is in.")
     if checkpoint[:1] in (".", "~", "/") or checkpoint.count("/") > 1 or checkpoint.endswith("/"):
         raise CheckpointError(f"{checkpoint}: no such folder. A repository on the hub has a name like owner/model.")
     return _hub_headers(checkpoint, notes)
@@ -139,12 +137,15 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
             config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
     except (OSError, ValueError, TypeError) as e:
-        raise CheckpointError(f"{name}: expected config.json, found {e}. Take it from the original model.") from e
+        what = "no such file" if isinstance(e, FileNotFoundError) else f"what cannot be read ({e})"
+        remedy = "Is this the folder of a checkpoint? If so, download the file again."
+        raise CheckpointError(name, "config.json", what, remedy) from e
     found = config.get("model_type") if isinstance(config, dict) else config
     if not isinstance(found, str) or found not in MODEL_TYPES:
         if own_module(found):
             raise CheckpointError(f"{name}: {found} is mlx-lm's own type: load it as it is.")
-        raise CheckpointError(f"{name}: model_type: expected {' or '.join(map(repr, MODEL_TYPES))}, found {found!r}.")
+        remedy = "Is this a Qwen3-VL-MoE checkpoint? This command knows no others."
+        raise CheckpointError(f"{name}: config.json: model_type", series(MODEL_TYPES), shown(found), remedy)
     return config
 
 

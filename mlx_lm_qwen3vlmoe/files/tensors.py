@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
-from ..layouts.names import shortened
+from ..errors import CheckpointError, shown
 from .headers import Header
 
 # The format's names for what MLX has (https://github.com/huggingface/safetensors#format).
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 FLOATS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # and the bits of infinity
+_AGAIN = "Download the file again."
 _AT_ONCE = 32_000_000  # bytes
 
 
@@ -97,13 +96,17 @@ def find_tensors(folder: Path, headers: dict[str, Header]) -> dict[str, FileTens
             begin, end = (start + offset for offset in _offsets(path, tensor, entry))
             if begin < last or end < begin or end > size:
                 raise CheckpointError(
-                    f"{path}: {shortened(tensor)}: expected data of its own within the {size} bytes of the file, found "
-                    f"bytes {begin} to {end}, after others up to {last}. Download the file again."
+                    f"{path}: {tensor}",
+                    f"data of its own within the {size} bytes of the file",
+                    f"bytes {begin} to {end}, after others up to {last}",
+                    _AGAIN,
                 )
             if tensor in found:
                 raise CheckpointError(
-                    f"{shortened(tensor)}: expected in one file, found in {found[tensor].file.name} and {name}. Remove "
-                    "the file that a second tool left in the folder."
+                    tensor,
+                    "in one file",
+                    f"in {found[tensor].file.name} and {name}",
+                    "Remove the file that a second tool left in the folder.",
                 )
             last = end
             found[tensor] = FileTensor(path, begin, end, entry["dtype"], _shape(path, tensor, entry, end - begin))
@@ -115,10 +118,7 @@ def _offsets(path: Path, tensor: str, entry: dict[str, Any]) -> tuple[int, int]:
     offsets = entry["data_offsets"]
     if isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets):
         return offsets[0], offsets[1]
-    raise CheckpointError(
-        f"{path}: {shortened(tensor)}: data_offsets: expected two positions, found {reprlib.repr(offsets)}. Download "
-        "the file again."
-    )
+    raise CheckpointError(f"{path}: {tensor}: data_offsets", "two positions", shown(offsets), _AGAIN)
 
 
 def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[int, ...]:
@@ -126,10 +126,8 @@ def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[i
     good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
     if good and (dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size):
         return tuple(shape)
-    raise CheckpointError(
-        f"{path}: {shortened(tensor)}: expected {size} bytes, found the shape {reprlib.repr(shape)} of "
-        f"{reprlib.repr(dtype)}. Download the file again."
-    )
+    found = f"the shape {shown(shape)} of {shown(dtype)}"
+    raise CheckpointError(f"{path}: {tensor}", f"a shape of {size} bytes", found, _AGAIN)
 
 
 def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
@@ -139,11 +137,13 @@ def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
     try:
         files: dict[str, Any] = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, TypeError, KeyError) as e:
-        raise CheckpointError(f"{index}: expected a weight_map of tensors, found {e!r}. Download it again.") from e
+        what = f"what cannot be read ({type(e).__name__}: {e})"
+        raise CheckpointError(index, "a weight_map of tensors", what, _AGAIN) from e
     for tensor, file in files.items():
-        where = found[tensor].file.name if tensor in found else "nowhere"
+        where = found[tensor].file.name if tensor in found else None
         if file != where:
-            raise CheckpointError(
-                f"{index.name}: {shortened(tensor)}: expected in {shortened(repr(file))}, as the index says, found "
-                f"{where}. Download the files that are missing."
-            )
+            remedy = "Download the file that is missing."
+            if where:
+                remedy = "Is the index of another checkpoint? Download it again, or remove it."
+            expected = f"in {shown(file)}, as the index says"
+            raise CheckpointError(f"{index.name}: {tensor}", expected, f"in {where}" if where else "nowhere", remedy)

@@ -18,7 +18,12 @@ from ..errors import CheckpointError
 def check_empty(out: Path) -> None:
     """Raise `CheckpointError` where there is anything but an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: expected nothing, or an empty folder, found files. Choose another --save-path.")
+        raise CheckpointError(out, "nothing, or an empty folder", "files", "Choose another --save-path.")
+
+
+def no_space(out: Path, size: int, free: int) -> CheckpointError:
+    remedy = "Free some, or choose another --save-path."
+    return CheckpointError(out, f"{size / 1e9:.3f} GB of free space", f"{free / 1e9:.3f} GB", remedy)
 
 
 @contextlib.contextmanager
@@ -37,18 +42,15 @@ def new_folder(out: Path, size: int) -> Iterator[Path]:
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < size:
-        raise CheckpointError(
-            f"{out}: expected {size / 1e9:.3f} GB of free space, found {free / 1e9:.3f} GB. Choose another --save-path."
-        )
+        raise no_space(out, size, free)
     partial = out.with_name(f"{out.name}.unfinished")
     with _signals_as_exceptions():
         try:
             partial.mkdir()
         except FileExistsError:
-            raise CheckpointError(
-                f"{partial}: expected nothing, found what another run is writing, or one that was killed left behind. "
-                "Remove it, if there is none."
-            ) from None
+            remedy = "If no other run is at work, remove it."
+            found = "what another run is writing, or has left behind"
+            raise CheckpointError(partial, "nothing", found, remedy) from None
         try:
             yield partial
             _sync(partial)

@@ -77,7 +77,7 @@ def inspect(
             report |= _plan(model, ranks, context)
         # of the package, or of the host where it stops first
         except (ValueError, KeyError, TypeError, RuntimeError) as e:
-            report["error"] = f"{type(e).__name__}: {e}"
+            report["error"] = described(e)
     return report
 
 
@@ -86,6 +86,11 @@ def hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[st
     with tempfile.TemporaryDirectory() as hollow:
         write_hollow(folder, headers, Path(hollow))
         return load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
+
+
+def described(error: Exception) -> str:
+    """An error in a sentence: the package's errors are sentences, the host's need their type."""
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 def _converted(model: Any, config: dict[str, Any], bits: int, scattered: bool) -> tuple[Any, int | None]:

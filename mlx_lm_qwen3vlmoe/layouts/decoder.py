@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from .. import quantization
 from ..config import linear_shape
-from ..errors import CheckpointError
+from ..errors import MISSING_FILE, CheckpointError, MissingTensorError
 from ..quantization import ACT_ORDER, Decoded, Layer, Tensors
 from ..quantization.checks import check_packed
 from ..runtime.backend import planning, takes_global_scale
 from ..runtime.lazy import in_pieces
-from .names import module_name
+from .names import module_name, stranger
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +78,13 @@ class Decoder:
         """A float layer, or one that MLX packed; the parameters only where the host would not find them."""
         separate = ".mlp.experts." in path
         if separate and (unknown := sorted(tensors.keys() - {"weight", "scales", "biases"})):
-            raise CheckpointError(
-                f"{path}.{unknown[0]}: expected experts.gate_up_proj, experts.down_proj or "
-                "experts.<e>.<p>_proj.weight, found a tensor of experts that belongs to nothing. Take the original "
-                "checkpoint."
-            )
-        for suffix, array in tensors.items():
+            raise stranger(f"{path}.{unknown[0]}")
+        for suffix, array in tensors.items():  # the host's own tests pass None
             if array is not None and "scales" not in tensors and not mx.issubdtype(array.dtype, mx.floating):
-                raise CheckpointError(  # the host's own tests pass None
-                    f"{path}.{suffix}: expected floats, or scales beside it, found {array.dtype}. "
-                    "Take the original checkpoint."
-                )
+                if array.dtype == mx.uint32:
+                    raise MissingTensorError(f"{path}.scales", f"beside the packed {suffix}", "nothing", MISSING_FILE)
+                remedy = "config.json does not say what these stand for. Use the one that was saved with this tensor."
+                raise CheckpointError(f"{path}.{suffix}", "floats", array.dtype, remedy)
         entry = self.own.get(module_name(path))
         if "scales" not in tensors or (entry is None and not separate):
             return Decoded(tensors)
@@ -97,7 +93,7 @@ class Decoder:
         if separate:  # all others are held against the host's shapes later
             words = tensors.get("weight", tensors["scales"])
             inputs = words.shape[-1] * 32 // parameters.get("bits", 32) if words.ndim else 0
-            check_packed(path, tensors, (*words.shape[:-1], inputs), parameters)
+            check_packed(path, tensors, (*words.shape[:-1], inputs), (), parameters)
         return Decoded(tensors, parameters)
 
     def stack(self, suffix: str, tensors: list[mx.array]) -> mx.array:

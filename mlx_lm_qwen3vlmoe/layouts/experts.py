@@ -6,14 +6,15 @@ layer: gate and up ``[E, I, H]``, down ``[E, H, I]``, the ``[out, in]`` of a lin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, beyond, series, shape_error
 from ..quantization import Decoded, Tensors
 from .decoder import Decoder
-from .names import NUMBER
+from .names import NUMBER, stranger
 from .stacking import PROJECTIONS, Layers, Part, missing, rejoined, split, stack, unsplit, unstack
 
 _EXPERT = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down|gate_up)_proj)")
@@ -72,7 +73,9 @@ class Experts:
         """The name of the first weight that is not there."""
         if self.fused:
             names = ("gate_up_proj", "down_proj")
-            return next((f"{self.mlp}.experts.{n}" for n in names if "weight" not in self.fused.get(n, {})), None)
+            return next(
+                (f"{self.mlp}.experts.{n}.weight" for n in names if "weight" not in self.fused.get(n, {})), None
+            )
         for projection in ("gate_up_proj", "down_proj") if "gate_up_proj" in self.single else PROJECTIONS:
             found = self.single.get(projection, {})
             if len(found) < experts:
@@ -84,16 +87,19 @@ class Experts:
         """One layout, and no expert too many."""
         mixed = "gate_up_proj" in self.single and len(self.single) > 2
         if (self.fused and self.single) or mixed or f"{self.mlp}.switch_mlp.down_proj" in others:
+            names = [f"experts.{name}" for name in self.fused]
+            names += [f"experts.{min(found)}.{projection}" for projection, found in self.single.items()]
+            names += [f"switch_mlp.{name}" for name in PROJECTIONS if f"{self.mlp}.switch_mlp.{name}" in others]
             raise CheckpointError(
-                f"{self.mlp}: expected its experts in one layout, found two (of experts.gate_up_proj, "
-                "experts.0.gate_proj, switch_mlp.gate_proj). Remove the file that a second tool left in the folder."
+                tuple(f"{self.mlp}.{name}.weight" for name in names),
+                "the experts of a layer in one layout",
+                "more than one",
+                "Remove the file that a second tool left in the folder.",
             )
         for projection, found in self.single.items():
-            if beyond := [number for number in found if number >= experts]:
-                raise CheckpointError(
-                    f"{self.mlp}.experts.{min(beyond)}.{projection}.weight: expected experts 0 to {experts - 1}, found "
-                    "it. Correct num_experts in config.json."
-                )
+            if extra := [number for number in found if number >= experts]:
+                name = f"{self.mlp}.experts.{min(extra)}.{projection}.weight"
+                raise beyond(name, "expert", min(extra), experts, "num_experts")
 
     def layout(self, sizes: dict[str, Any]) -> Layout:
         """As the shapes of stored weights tell; those that a tool packed tell it only once they are decoded."""
@@ -157,11 +163,7 @@ def gather(layers: Layers) -> tuple[Layers, list[Experts]]:
         elif match := _FUSED.fullmatch(path):
             found.setdefault(match[1], Experts(match[1])).fused[match[2]] = tensors
         else:
-            raise CheckpointError(
-                f"{path}.{next(iter(tensors))}: expected experts.gate_up_proj, experts.down_proj or "
-                "experts.<e>.<p>_proj.weight, found a tensor of experts that belongs to nothing. Take the original "
-                "checkpoint."
-            )
+            raise stranger(f"{path}.{next(iter(tensors))}")
     return others, list(found.values())
 
 
@@ -175,8 +177,11 @@ def check_orientations(found: list[Experts], sizes: dict[str, Any]) -> None:
             first.setdefault(in_out, experts.mlp)
     if len(first) > 1:
         raise CheckpointError(
-            f"{first[True]}.experts, {first[False]}.experts: expected one orientation in all layers, found [experts, "
-            "in, out] and [experts, out, in]. Take the original checkpoint."
+            tuple(f"{first[in_out]}.experts.gate_up_proj.weight" for in_out in (True, False)),
+            "experts with their axes in one order in all layers",
+            "[experts, in, out] and [experts, out, in]",
+            "Is a file from another checkpoint in the folder? If not, save the checkpoint again with one version of "
+            "transformers.",
         )
 
 
@@ -194,17 +199,19 @@ def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
         swapped = (*shape[:-2], shape[-1], shape[-2])
         stored = fused[name]["weight"].shape
         if stored not in (shape, swapped):
-            raise CheckpointError(
-                f"{mlp}.experts.{name}: expected the shape {list(shape)} or {list(swapped)}, found "
-                f"{list(stored)}. Are num_experts, hidden_size and moe_intermediate_size in config.json those of this "
-                "checkpoint?"
-            )
+            fields = {"num_experts": e, "hidden_size": h, "moe_intermediate_size": math.prod(shape) // (e * h)}
+            changed = len(stored) == 3 and sorted(stored) != sorted(shape)
+            wrong = [field for field, size in fields.items() if changed and size not in stored]
+            expected = f"the shape {series(dict.fromkeys([str(list(shape)), str(list(swapped))]))}"
+            raise shape_error(f"{mlp}.experts.{name}.weight", expected, list(stored), wrong)
         contradicting |= stored != (shape if in_out else swapped)
     if contradicting:
+        shapes = (str(list(fused[name]["weight"].shape)) for name in ("gate_up_proj", "down_proj"))
         raise CheckpointError(
-            f"{mlp}.experts: expected gate_up_proj and down_proj in one orientation, [experts, in, out] or [experts, "
-            f"out, in], found {list(fused['gate_up_proj']['weight'].shape)} and "
-            f"{list(fused['down_proj']['weight'].shape)}. Take the original checkpoint."
+            (f"{mlp}.experts.gate_up_proj.weight", f"{mlp}.experts.down_proj.weight"),
+            "both [experts, in, out] or both [experts, out, in]",
+            " and ".join(shapes),
+            "No known tool writes one of each. Was one of the two transposed by hand?",
         )
     return in_out
 

@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import quantization
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened
 from ..quantization.description import is_mlx_mode
-from .names import HEAD, MODEL_PREFIX, NUMBER, layer_and_suffix, shortened
+from .names import HEAD, MODEL_PREFIX, NUMBER, layer_and_suffix
 from .stacking import Layers
 
 # Of MLX's own layers, of adapters, and one that the model has none of: a tensor with such a name is refused or taken.
@@ -72,10 +72,10 @@ def check_taken(weights: Iterable[tuple[str, mx.array]], model: nn.Module, own: 
         module = modules.get(path)
         packed = "scales" in (module or {}) and not is_guest(module) and not is_mlx_mode(own.get("mode", "affine"))
         if packed or not _fits(module, name[len(path) + 1 :], array):
-            mode = f", by quantization in config.json: mode {own['mode']!r}" if "mode" in own else ""
+            mode = f" (quantization in config.json has the mode {own['mode']!r})" if "mode" in own else ""
             raise CheckpointError(
-                f"{shortened(name)}: MLX has no such tensor in this layer. It belongs to a layer of another program"
-                f"{mode}. Load this checkpoint with the program that made it."
+                f"{shortened(name)}: MLX's layer has no such tensor. It belongs to a layer of another program{mode}. "
+                "Load this checkpoint with the program that made it."
             )
 
 

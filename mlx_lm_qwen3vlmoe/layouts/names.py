@@ -12,9 +12,12 @@ Numbers in names are decimals without leading zeros: ``experts.01`` would be a s
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterable, Iterator
+from functools import partial
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MissingTensorError
 
 MODEL_PREFIX = "language_model.model."
 EMBEDDINGS = f"{MODEL_PREFIX}embed_tokens"
@@ -30,6 +33,44 @@ _MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
 _PROJECTION_FIRST = re.compile(rf"\.experts\.((?:gate|up|down)_proj)\.({NUMBER})\.")
 _PLURAL = re.compile(rf"\.experts\.(gate_up|down)_projs\.({NUMBER})\.")
 _FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))(?:_([a-z_]+))?")
+_NUMBERS = re.compile(rf"(?<=\.){NUMBER}(?=\.)")
+_MAIN = ("weight", "qweight", "weight_packed", "_weight_qdata", "W_q")  # what the other tensors of a layer belong to
+# What else is in the folders of checkpoints, and what to do. The last one fits any name.
+_STRANGERS = (
+    (
+        r"^base_model\.|\.base_layer\.|\.lora_[A-Z]|\.lora_\w+_[A-Z]|\.modules_to_save\.",
+        "one of a PEFT adapter that is not merged",
+        "Merge the adapter with PEFT (merge_and_unload), and save the model.",
+    ),
+    (r"\.lora_[ab]$", "one of an mlx_lm adapter that is not fused", "Run mlx_lm.fuse."),
+    (r"(?:^|\.)v_head\.", "the value head of TRL", "Save the wrapped model (pretrained_model) without its value head."),
+    (
+        r"(?:^|\.)score\.",
+        "the head of a reward model or classifier",
+        "Such a model writes no text. Use the model that it was trained from.",
+    ),
+    (
+        r"(?:^|\.)(?:mtp|midlayer)\.|^fc\.|^(?:d2t|t2d)$",
+        "one of a draft model for speculative decoding",
+        "Save a copy of the checkpoint without the tensors of the draft model.",
+    ),
+    (
+        r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.",
+        "one of Qwen3-Omni",
+        "That is another model type, which this package does not load.",
+    ),
+    (r"(?:^|\.)_orig_mod\.", "a name by torch.compile", "Save the model that torch.compile has wrapped (_orig_mod)."),
+    (
+        r"\.bias$",
+        "a bias, which this model type does not have",
+        "Is config.json that of this checkpoint? If so, the model was changed, and this package does not load it.",
+    ),
+    (
+        "",
+        "one that no known tool writes",
+        "Is config.json that of this checkpoint? If so, and if the model does not need it, save a copy without it.",
+    ),
+)
 
 
 def host_name(name: str) -> str | None:
@@ -40,10 +81,7 @@ def host_name(name: str) -> str | None:
     if not (match := _TEXT.fullmatch(name)):
         if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
             return None
-        raise CheckpointError(
-            f"{shortened(name)}: expected a tensor of a Qwen3-VL-MoE model (model.language_model., lm_head., "
-            "model.visual.), found another. Is this checkpoint of another model type, or an adapter?"
-        )
+        raise stranger(name)
     text = match[1]
     if _MEANINGLESS.fullmatch(text):
         return None
@@ -74,5 +112,78 @@ def layer_and_suffix(name: str) -> tuple[str, str]:
     return layer, suffix
 
 
-def shortened(name: str) -> str:
-    return name if len(name) < 200 else f"{name[:100]}…{name[-60:]}"
+def tensor_name(path: str, suffix: str) -> str:
+    """The inverse of `layer_and_suffix`."""
+    if path.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
+        return path if suffix == "weight" else f"{path}_{suffix.removeprefix('weight_')}"
+    return f"{path}.{suffix}"
+
+
+def stranger(name: str) -> CheckpointError:
+    """The error for a tensor that this model type does not have, by the tool that writes such tensors."""
+    what, remedy = next(rest for pattern, *rest in _STRANGERS if re.search(pattern, name))
+    return CheckpointError(name, "a tensor of a Qwen3-VL-MoE model", what, remedy)
+
+
+class StoredNames:
+    """Names in a file, by the host's names in errors.
+
+    Args:
+        names: of the file's tensors.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._layers: dict[str, dict[str, str]] = {}  # path → suffix → name
+        self._prefix = MODEL_PREFIX
+        for name in names:
+            with contextlib.suppress(CheckpointError):
+                if host := host_name(name):
+                    path, suffix = layer_and_suffix(host)
+                    self._layers.setdefault(path, {})[suffix] = name
+                    rest = host.removeprefix(MODEL_PREFIX)
+                    if rest != host and name.endswith(rest):
+                        self._prefix = name.removesuffix(rest)
+        self._alike = {_NUMBERS.sub("0", path): names for path, names in self._layers.items()}  # of any layer
+
+    def __call__(self, name: str, missing: bool = False) -> str:
+        """The name of a tensor; of one that is missing, the name that it would have beside the others."""
+        if not name.startswith((MODEL_PREFIX, f"{HEAD}.")):
+            return name
+        path, suffix = layer_and_suffix(name)
+        paths = [path, *_unstacked(path)]
+        if not missing and (names := next(filter(None, map(self._layers.get, paths)), None)):
+            return next((names[end] for end in (suffix, *_MAIN) if end in names), next(iter(names.values())))
+        if suffix == "weight":
+            suffix = self._main(path)
+        for each in paths:
+            if alike := self._alike.get(_NUMBERS.sub("0", each)):
+                numbers = iter(_NUMBERS.findall(each))
+                stored = _NUMBERS.sub(lambda _: next(numbers), next(iter(alike.values())))  # noqa: B023
+                return tensor_name(layer_and_suffix(stored)[0], suffix)
+        if path == HEAD:
+            return name if self._prefix == MODEL_PREFIX else name.removeprefix("language_model.")
+        return self._prefix + tensor_name(path, suffix).removeprefix(MODEL_PREFIX)
+
+    def _main(self, path: str) -> str:
+        """What the weight of a layer is called, as in layers that have what is left of this one, or as in its likes."""
+        left = self._layers.get(path, {}).keys()
+        likes = [names for names in self._layers.values() if left and left < names.keys()]
+        likes += [names for each in (path, *_unstacked(path)) if (names := self._alike.get(_NUMBERS.sub("0", each)))]
+        return next((main for names in likes for main in _MAIN if main in names), "weight")
+
+
+def _unstacked(path: str) -> list[str]:
+    """What else the stacked experts at a path may be made of."""
+    mlp, stacked, projection = path.partition(".switch_mlp.")
+    fused = "down_proj" if projection == "down_proj" else "gate_up_proj"
+    return [f"{mlp}.experts.{each}" for each in (fused, f"0.{projection}", f"0.{fused}")] if stacked else []
+
+
+@contextlib.contextmanager
+def as_stored(names: Iterable[str]) -> Iterator[None]:
+    """Have errors name tensors as the file does; ``names`` are looked at only then."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.rename(partial(StoredNames(names), missing=isinstance(error, MissingTensorError)))
+        raise

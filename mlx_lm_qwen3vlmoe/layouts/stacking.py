@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, MissingTensorError
+from ..errors import MISSING_FILE, MissingTensorError, differing, shape_error
 from ..quantization import Decoded, Tensors, halves, is_foreign
 from ..runtime.backend import as_out_in
 from ..runtime.lazy import in_pieces
@@ -136,10 +136,7 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
     ((most, _),) = Counter(shapes).most_common(1)
     for each, shape in zip(paths, shapes, strict=True):
         if shape != most:
-            raise CheckpointError(
-                f"{each}.weight: expected the shape {list(most)}, found {list(shape)}, unlike the other experts. "
-                "Take the original checkpoint."
-            )
+            raise shape_error(f"{each}.weight", f"the shape {list(most)} of the other experts", list(shape))
     single = decoder.in_common(single)
     tensors = {suffix: mx.stack([each.tensors[suffix] for each in single]) for suffix in single[0].tensors}
     return single[0]._replace(tensors=tensors)
@@ -152,10 +149,12 @@ def _with_weight(path: str, decoded: Decoded) -> Decoded:
 
 
 def missing(name: str) -> MissingTensorError:
-    return MissingTensorError(
-        f"{name}: expected with the other experts of its layer, found nothing. "
-        "Is a file of the checkpoint missing, or num_experts wrong in config.json?"
-    )
+    remedy = "Is a file of the checkpoint missing, or num_experts in config.json too large?"
+    if ".mlp.experts.0." in name or name.endswith(
+        (".mlp.experts.gate_up_proj.weight", ".mlp.experts.down_proj.weight")
+    ):
+        remedy = MISSING_FILE
+    return MissingTensorError(name, "beside the other experts of its layer", "nothing", remedy)
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:
@@ -200,11 +199,9 @@ def is_miscut(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> bool:
         if shape != good[projection]:
             if shapes == wrong:
                 return True
-            raise CheckpointError(
-                f"{mlp}.experts.0.{projection}.weight: expected the shape {list(good[projection][1:])}, "
-                f"found {list(shape[1:])}. "
-                "Are hidden_size and moe_intermediate_size in config.json those of this checkpoint?"
-            )
+            name, expected, found = f"{mlp}.experts.0.{projection}.weight", good[projection][1:], shape[1:]
+            fields = ["hidden_size", "moe_intermediate_size"][:: 1 if projection == "down_proj" else -1]
+            raise shape_error(name, f"the shape {list(expected)}", list(found), differing(fields, expected, found))
     return False
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, check_kinds
+from ..errors import CheckpointError, check_kinds, series, shown
 from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
 from .affine import common, dequantize
 from .family import Family
@@ -54,8 +54,10 @@ def read_description(config: dict[str, Any]) -> dict[str, Any]:
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in _BY_METHOD:
         raise CheckpointError(
-            f"quantization_config: quant_method: expected one of {', '.join(sorted(_BY_METHOD))}, found {method!r}. "
-            "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q."
+            "quantization_config: quant_method",
+            f"one of {', '.join(sorted(_BY_METHOD))}",
+            shown(method),
+            "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q.",
         )
     check_kinds("", config, bits=int, sparsity_config=dict)
     _BY_METHOD[method].check(config)
@@ -66,8 +68,10 @@ def read_description(config: dict[str, Any]) -> dict[str, Any]:
     ):
         if value:
             raise CheckpointError(
-                f"quantization_config: {field}: expected nothing, found {value!r}. "
-                "Use a checkpoint that is quantized only, or the unquantized one with mlx_lm.convert -q."
+                f"quantization_config: {field}",
+                "nothing",
+                shown(value),
+                "Use a checkpoint that is quantized only, or the unquantized one with mlx_lm.convert -q.",
             )
     return config
 
@@ -125,9 +129,12 @@ def decode(layer: Layer) -> Decoded:
     marks = sorted(_FOREIGN.intersection(layer.tensors))
     if family is None or (marks and not set(marks).intersection(family.marks)):
         fitting = [name for name, each in sorted(_BY_METHOD.items()) if set(marks).intersection(each.marks)]
-        expected = f"quant_method {' or '.join(fitting) or 'of the tool that made it'} in quantization_config"
-        raise layer.error(marks[0] if marks else "weight", expected, repr(layer.settings.get("quant_method")))
+        expected = f"the quant_method {series(fitting or ['of the tool that wrote it'])} in quantization_config"
+        found, suffix = shown(layer.settings.get("quant_method")), marks[0] if marks else "weight"
+        remedy = "Use the config.json that the quantization tool wrote beside this tensor."
+        raise CheckpointError(f"{layer.name}.{suffix}", expected, found, remedy)
     decoded = family.decode(layer)
     if layer.tensors:
-        raise layer.error(sorted(layer.tensors)[0], "nothing (it would change the weight)", "the tensor")
+        expected, found = f"only the tensors of {family.methods[0]}", "this one, which may change the weight"
+        raise layer.unsupported(sorted(layer.tensors)[0], expected, found)
     return decoded

@@ -58,7 +58,7 @@ def with_biases(layer: Layer, words: mx.array, scales: mx.array, biases: mx.arra
     inputs = words.shape[-1] * 32 // bits
     group = _mlx_group(inputs, size)
     if group is None:
-        raise layer.error("weight", f"groups that are made of 32 of {inputs} inputs", f"groups of {size}")
+        raise layer.unsupported("weight", f"{inputs} inputs in groups of a multiple of 32", f"groups of {size}")
     if bits == 7:  # which MLX lacks, but a code of 7 bits is one of 8
         words, bits = pack(codes(words, 7), 8), 8
     if scales.dtype != biases.dtype:
@@ -79,7 +79,7 @@ def signed(
     """``w = scales * (q - zeros)``, where ``q`` is in two's complement: ``[…, out, in]`` int8, of so many bits."""
     inputs, middle = codes.shape[-1], 2 ** (bits - 1)
     if inputs % 32:
-        raise layer.error("weight", "a multiple of 32 inputs", inputs)
+        raise layer.unsupported("weight", "a multiple of 32 inputs", inputs)
     unsigned = (codes.view(mx.uint8) + middle) & (2**bits - 1)
     words = unsigned.view(mx.uint32) if bits == 8 else pack(unsigned, bits)
     if zeros is None and scales.dtype == mx.float32:  # which is not to be rounded
@@ -110,12 +110,12 @@ def group_size_of(layer: Layer, inputs: int, groups: int, described: int | None)
     if groups == 1 and (described is None or described <= 0 or described >= inputs):
         return inputs
     if described is None or described <= 0:
-        what = "group_size in quantization_config, a number" if described is None else "one group"
-        raise layer.error("weight", what, f"{groups} groups of {inputs} inputs")
+        what = "group_size in quantization_config" if described is None else f"one group, by group_size {described}"
+        raise layer.error("weight", what, f"{groups} groups for {inputs} inputs")
     # No tool has groups of other sizes than powers of two, where a wrong one could pass for a last group cut short.
     cut_short = inputs % described and not described & (described - 1)
     if groups != math.ceil(inputs / described) or (inputs % described and not cut_short):
-        raise layer.error("weight", f"groups of {described} of {inputs} inputs", f"{groups} groups")
+        raise layer.error("weight", f"{inputs} inputs in groups of {described}", f"{groups} groups")
     return described
 
 

@@ -20,7 +20,7 @@ import re
 
 import mlx.core as mx
 
-from ..errors import check_kinds
+from ..errors import check_kinds, shown
 from . import awq, compressed_tensors, fp8, gptq
 from .affine import affine
 from .family import Description, Family
@@ -58,7 +58,7 @@ class AutoRound(Family):
     def decode(self, layer: Layer) -> Decoded:
         packing = str(layer.settings.get("packing_format") or "").removeprefix("auto_round").removeprefix(":")
         kind = str(layer.settings.get("data_type"))
-        if layer.has("qweight"):
+        if layer.has("qweight") or layer.has("qzeros"):
             if packing in ("awq", "auto_awq"):
                 return awq.words_along_outputs(layer)
             extra = (layer.settings.get("extra_config") or {}).values()
@@ -78,6 +78,8 @@ class AutoRound(Family):
                 return fp4_in_groups(layer, codes, e5m3(scales), "NVFP4 with E5M3 scales")
             if packing != "llm_compressor" or kind[:5] not in ("mx_fp", "nv_fp"):
                 raise _unknown(layer, "weight_packed", "auto_round:llm_compressor")
+            if kind.startswith("nv_fp") and not layer.has("weight_global_scale"):  # or it would be taken for MXFP4
+                layer.take("weight_global_scale")
             return compressed_tensors.CompressedTensors().decode(layer)
         if layer.has("weight_scale", mx.uint8):
             return compressed_tensors.CompressedTensors().decode(layer)
@@ -94,8 +96,11 @@ def _patterns(*keys: str) -> tuple[str, ...]:
 
 
 def _unknown(layer: Layer, suffix: str, expected: str) -> Exception:
-    found = ", ".join(f"{field} {layer.settings.get(field)!r}" for field in ("packing_format", "data_type"))
-    return layer.error(suffix, f"packing_format {expected} in quantization_config", found)
+    packing, kind = (shown(layer.settings.get(field)) for field in ("packing_format", "data_type"))
+    expected = f"packing_format {expected} in quantization_config"
+    return layer.unsupported(
+        suffix, expected, f"{packing} with data_type {kind}" if layer.settings.get("data_type") else packing
+    )
 
 
 def _mxint4(layer: Layer) -> Decoded:
@@ -103,7 +108,9 @@ def _mxint4(layer: Layer) -> Decoded:
     codes, scales = layer.take("weight_packed", 2), layer.take("weight_scale", 2)
     outputs, size = layer.shape(codes)
     if codes.dtype != mx.uint8 or scales.dtype != mx.uint8 or size % 16:
-        raise layer.error("weight_packed", "bytes of groups of 32, and of their scales", f"{codes.dtype}, {size}")
+        raise layer.error(
+            "weight_packed", "bytes of groups of 32, and of their scales", f"{codes.dtype} {list(codes.shape)}"
+        )
     layer.check("weight_scale", scales, (outputs, size // 16))
     words = _offset_nibbles()[codes].view(mx.uint32)
     return affine(layer, words, (e8m0(scales) / 4).astype(mx.bfloat16), None, 4, 32)

@@ -17,7 +17,7 @@ import functools
 
 import mlx.core as mx
 
-from ..errors import check_kinds
+from ..errors import check_kinds, series, shown
 from .affine import affine, with_biases
 from .family import Description, Family
 from .layer import Decoded, Layer
@@ -38,12 +38,12 @@ class Awq(Family):
     def decode(self, layer: Layer) -> Decoded:
         version = str(layer.settings.get("version") or layer.settings.get("checkpoint_format") or "gemm").lower()
         if layer.settings.get("bits", 4) != 4 or version not in _VERSIONS:
-            found = f"{layer.settings.get('bits')} bits, version {version!r}"
-            raise layer.error("qweight", f"AWQ with 4 bits and version {', '.join(_VERSIONS)}", found)
+            found = f"{layer.settings.get('bits', 4)} bits and version {version}"
+            raise layer.unsupported("qweight", f"AWQ with 4 bits and version {series(_VERSIONS)}", found)
         symmetric = layer.settings.get("zero_point") is False
         if symmetric != (version == "marlin") and "zero_point" in layer.settings:
             expected = f"zero_point {'false' if version == 'marlin' else 'true'} in quantization_config"
-            raise layer.error("qweight", f"{expected} with version {version!r}", layer.settings["zero_point"])
+            raise layer.error("qweight", f"{expected} with version {version}", shown(layer.settings["zero_point"]))
         return _VERSIONS[version](layer)
 
 
@@ -59,13 +59,15 @@ def words_along_outputs(layer: Layer, described: int | None = None) -> Decoded:
         layer.check("scales", scales, (groups, words * 32 // described))
         size = layer.settings.get("group_size") or -1
         if size > 0 and groups > 1 and size * groups != inputs:
-            raise layer.error("scales", f"groups of {size} of {inputs} inputs", f"{groups} groups")
+            raise layer.error("scales", f"{inputs} inputs in groups of {size}", f"{groups} groups")
     bits, rest = divmod(words * 32, outputs)
     if rest or not 4 <= bits <= 7 or outputs % 8:
-        raise layer.error("qweight", f"4 to 7 bits for each of {outputs} outputs", list(layer.shape(qweight)))
+        raise layer.error(
+            "qweight", f"4 to 7 bits for each of {outputs} outputs", f"the shape {list(layer.shape(qweight))}"
+        )
     layer.check("qzeros", qzeros, (groups, words))
     if inputs % (8 if bits == 4 else 32):
-        raise layer.error("qweight", "a multiple of 8 inputs, or 32 of other bits than 4", inputs)
+        raise layer.unsupported("qweight", f"a multiple of {8 if bits == 4 else 32} inputs", inputs)
     zeros = unpack_outputs(qzeros, bits).swapaxes(-1, -2)
     packed = transpose_nibbles(qweight) if bits == 4 else transpose_stream(qweight, bits)
     scales = mx.contiguous(scales.swapaxes(-1, -2))
@@ -109,7 +111,7 @@ def _groups(layer: Layer, inputs: int) -> tuple[int, int, int]:
     size = inputs if size == -1 else size
     if size is None or not (size in (32, 64) or (size >= 128 and size % 32 == 0)) or inputs % size:
         what = f"-1, 32, 64, or a multiple of 32 from 128 on (group_size in quantization_config) of {inputs} inputs"
-        raise layer.error("qweight", what, layer.settings.get("group_size"))
+        raise layer.error("qweight", what, shown(layer.settings.get("group_size")))
     multiple = {32: 4, 64: 2}.get(size, 1)
     words = -(-(inputs // size) // 8)
     return size, inputs // size, -(-words // multiple) * multiple * 8
@@ -120,7 +122,7 @@ def _marlin(layer: Layer) -> Decoded:
     (tiles, _), (groups, outputs) = layer.shape(qweight), layer.shape(scales)
     layer.check("qweight", qweight, (tiles, 2 * outputs))
     if outputs % 64:
-        raise layer.error("qweight", "a multiple of 64 outputs", outputs)
+        raise layer.unsupported("qweight", "a multiple of 64 outputs", outputs)
     order = _MARLIN_SCALES if groups > 1 else _MARLIN_CHANNELS
     scales = _back(scales.reshape(*layer.stack_shape, -1, len(order)), order).reshape(scales.shape)
     words = pack(_marlin_codes(qweight), 4)

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import shown
 from .affine import regroup, signed
 from .family import Family
 from .layer import Decoded, Layer
@@ -53,7 +54,7 @@ def _rows(layer: Layer) -> Decoded:
     layer.check("SCB", scales, layer.shape(codes)[:1])
     order = layer.take_optional("weight_format")
     if order is not None and not layer.planning and mx.any(order != 0).item():
-        raise layer.error("weight_format", "0, for rows", "another")
+        raise layer.unsupported("weight_format", "0, for rows", "another order")
     return signed(layer, codes, mx.expand_dims(scales.astype(mx.float32) / 127, -1))
 
 
@@ -69,7 +70,7 @@ def _four_bits(layer: Layer) -> Decoded:
     layer.check("weight", codes, (size // 2 // codes.itemsize, 1))
     layer.check("weight.quant_map", values, (16,))
     if size % 2 or size // 2 % codes.itemsize:
-        raise layer.error("weight", "whole bytes", f"{size} values")
+        raise layer.unsupported("weight", "an even number of values", size)
     scales = _scales(layer, described)
     block = described.get("blocksize") or math.ceil(size / scales.size)
     layer.check("weight.absmax", scales, (math.ceil(size / block),))
@@ -109,12 +110,12 @@ def _described(layer: Layer, state: str, shape: list[int]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise layer.error(state, "JSON", "other bytes") from None
     if not isinstance(found, dict) or found.get("shape") != shape:
-        raise layer.error(state, f"the shape {shape}", found.get("shape") if isinstance(found, dict) else found)
+        raise layer.error(state, f"the shape {shape}", shown(found.get("shape") if isinstance(found, dict) else found))
     nested = layer.has(_NESTED[0])
     for field in ("blocksize", "nested_blocksize")[: 1 + nested]:
         if type(found.get(field)) is not int or found[field] < 1:
-            raise layer.error(state, f"{field}, a positive integer", found.get(field))
+            raise layer.error(state, f"a positive integer for {field}", shown(found.get(field)))
     offset = found.get("nested_offset", 0.0)
     if nested and (type(offset) is not float or "nested_offset" not in found or not math.isfinite(offset)):
-        raise layer.error(state, "nested_offset, a number", found.get("nested_offset"))
+        raise layer.error(state, "a number for nested_offset", shown(found.get("nested_offset")))
     return found

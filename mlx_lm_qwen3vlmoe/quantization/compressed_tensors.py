@@ -89,7 +89,7 @@ def _packed_integers(layer: Layer) -> Decoded:
     _check_symmetry(layer, scheme, zeros)
     if packed is not None:
         if (block_of(scheme) or (1,))[0] != 1:
-            raise layer.error("weight_zero_point", "8-bit integers, of blocks", packed.dtype)
+            raise layer.error("weight_zero_point", "8-bit integers for blocks", packed.dtype)
         layer.check("weight_zero_point", packed, (outputs * bits // 32, groups))
         zeros = unpack(mx.contiguous(packed.swapaxes(-1, -2)), bits).swapaxes(-1, -2)
     elif zeros is not None:
@@ -111,7 +111,7 @@ def _integers(layer: Layer) -> Decoded:
     if zeros is not None:
         zeros = _signed_zeros(layer, zeros, scheme, shape, bits)
     if inputs % 32:
-        raise layer.error("weight", "a multiple of 32 inputs", inputs)
+        raise layer.unsupported("weight", "a multiple of 32 inputs", inputs)
     unsigned = (weight.view(mx.uint8) + 2 ** (bits - 1)) & (2**bits - 1)
     return affine(layer, pack(unsigned, bits), scales, zeros, bits, width_of(scheme))
 
@@ -133,11 +133,11 @@ def _packed_floats(layer: Layer) -> Decoded:
     codes = layer.take("weight_packed", 2)
     if codes.dtype != mx.uint8:
         raise layer.error("weight_packed", "32-bit integers or bytes", codes.dtype)
-    if layer.has("weight_global_scale"):  # which divides
-        _check_group(layer, schemes_for(layer, "float", 4), 16)
-        return nvfp4(layer, codes, layer.take("weight_scale"), 1 / layer.number("weight_global_scale"))
-    scales = layer.take("weight_scale", 2)
     schemes = schemes_for(layer, "float", 4, 6)
+    if layer.has("weight_global_scale") or (schemes and all(width_of(scheme) == 16 for scheme in schemes)):
+        _check_group(layer, schemes_for(layer, "float", 4), 16)
+        return nvfp4(layer, codes, layer.take("weight_scale"), 1 / layer.number("weight_global_scale"))  # it divides
+    scales = layer.take("weight_scale", 2)
     _check_group(layer, schemes, 32)
     size, groups = layer.shape(codes)[1], layer.shape(scales)[1]
     described = {scheme["num_bits"] for scheme in schemes} or {4}
@@ -148,14 +148,14 @@ def _packed_floats(layer: Layer) -> Decoded:
 
 def _check_group(layer: Layer, schemes: list[Scheme], size: int) -> None:
     if schemes and all(width_of(scheme) != size for scheme in schemes):
-        strategy = f"{schemes[0].get('strategy')} {width_of(schemes[0]) or ''}".strip()
-        raise layer.error("weight_scale", f"groups of {size} in config_groups", strategy)
+        found = f"groups of {width_of(schemes[0])}" if width_of(schemes[0]) else "none"
+        raise layer.error("weight_scale", f"groups of {size} in config_groups", found)
 
 
 def _floats(layer: Layer) -> Decoded:
     weight = layer.take("weight", 2)
     if weight.dtype != loaded_e4m3():
-        raise layer.error("weight", "a known quantized format", f"{weight.dtype} beside {sorted(layer.tensors)}")
+        raise layer.unsupported("weight", "8-bit integers or e4m3", weight.dtype)
     schemes = schemes_for(layer, "float", 8)
     if layer.has("weight_scale", mx.uint8):
         _check_group(layer, schemes, 32)

@@ -47,7 +47,7 @@ def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     for path, parameters in {"": own, **own}.items():
         for field in ("group_size", "bits"):
             if isinstance(parameters, dict) and parameters.get(field) is not None:
-                check_positive(f"quantization: {path} {field}", parameters[field], int)
+                check_positive(": ".join(filter(None, ("quantization", path, field))), parameters[field], int)
     entries = {path: _filled(entry) if isinstance(entry, dict) else entry for path, entry in own.items()}
     return _filled(entries)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import check_block
+from ..errors import check_block, series
 from .family import Description, Family
 from .layer import IGNORED, Decoded, Layer, Tensors
 from .microscaling import mxfp8
@@ -62,7 +62,7 @@ class Fp8(Family):
         return first, second
 
     def decode(self, layer: Layer) -> Decoded:
-        suffix = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
+        suffix = "weight_scale" if layer.has("weight_scale") else "weight_scale_inv"
         form = layer.settings.get("scale_fmt") or "ue8m0"
         if layer.has(suffix, mx.uint8) and form != "ue8m0":
             raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
@@ -113,7 +113,7 @@ def _in_blocks(
         if found == grid or (found == flat and not (suffix == "weight_scale_inv" and block and block[0] and block[1])):
             return scale.reshape(*layer.stack_shape, *grid), high, wide
         expected.append(list(grid))
-    raise layer.error(suffix, f"the shape {' or '.join(map(str, expected))}", list(found))
+    raise layer.error(suffix, f"the shape {series(expected)}", list(found))
 
 
 def described_block(settings: dict[str, Any]) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import check_kinds
+from ..errors import check_kinds, series
 from .affine import affine, group_size_of, ungrouped
 from .family import Description, Family
 from .layer import Decoded, Layer
@@ -55,7 +55,7 @@ class Gptq(Family):
     def decode(self, layer: Layer) -> Decoded:
         known = ("gptq", "gptq_v2", "gptq_p")
         named = layer.settings.get("format", "gptq")
-        form = layer.setting("checkpoint_format", ", ".join(known), *known, default=named)
+        form = layer.setting("checkpoint_format", series(known), *known, default=named)
         planes = (3, 5, 6, 7) if form == "gptq_p" else (5, 6, 7)
         described = {layer.settings.get("bits")}
         return words_along_inputs(layer, stored_less_one=form == "gptq", planes=planes, described=described)
@@ -79,13 +79,13 @@ def words_along_inputs(
     if rest or not 2 <= bits <= 8 or not {bits, None}.intersection(described):
         known = "2 to 8" if None in described else " or ".join(map(str, sorted(described, key=str)))
         what = f"{known} bits for each of {outputs} outputs"
-        raise layer.error("qzeros", what, list(layer.shape(qzeros)))
+        raise layer.error("qzeros", what, f"the shape {list(layer.shape(qzeros))}")
     layer.check("qweight", qweight, (rows, outputs))
     layer.check("qzeros", qzeros, (groups, outputs * bits // 32))
     inputs, rest = divmod(rows * 32, bits)
     if rest or (bits in planes and (inputs % 32 or outputs % 32)):
-        what = f"{'multiples of 32' if bits in planes else 'whole'} numbers of {bits} bits"
-        raise layer.error("qweight", what, list(layer.shape(qweight)))
+        what = f"{'a multiple of 32' if bits in planes else 'a whole number of'} codes of {bits} bits"
+        raise layer.error("qweight", what, f"the shape {list(layer.shape(qweight))}")
     packed = mx.contiguous(qweight.swapaxes(-1, -2))
     if bits in planes:
         packed, zeros = pack(unpack_planes(packed, bits), bits), unpack_planes(qzeros, bits)
@@ -136,5 +136,5 @@ def group_order(layer: Layer, suffix: str, indices: mx.array, groups: int, size:
     found: Any = mx.stack([indices.min(), indices.max(), ordered.all().astype(mx.int32)]).tolist()
     least, most, in_order = found
     if least < 0 or most >= groups:
-        raise layer.error(suffix, f"groups from 0 to {groups - 1}", least if least < 0 else most)
+        raise layer.error(suffix, f"groups from 0 to {groups - 1}", f"group {least if least < 0 else most}")
     return None if in_order else indices

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import series
 from .affine import affine, regroup
 from .family import Family
 from .layer import Decoded, Layer
@@ -51,7 +52,7 @@ class Hqq(Family):
         group, rest = divmod(size, groups)
         along = layer.shape(scales) == (groups, 1)  # axis 1
         if rest:
-            raise layer.error("scale", f"a divisor of {size} values", groups)
+            raise layer.error("scale", f"as many scales as divide {size} values", groups)
         layer.check("scale", scales, (groups, 1), (1, groups))
         layer.check("zero", zeros, layer.shape(scales))
         if along and groups == 1 and layer.shape(codes)[1] == 1:  # one group is either
@@ -81,12 +82,12 @@ def _unpacked(layer: Layer, codes: mx.array, shape: tuple[int, int]) -> tuple[mx
         planes = [(codes.view(mx.uint32) >> shift) & 7 for shift in range(27, -1, -3)]
         return mx.concatenate(planes)[:rows], 3
     if codes.dtype != mx.uint8:  # view_as_float
-        raise layer.error("W_q", "uint8, or int32 of 3 bits", codes.dtype)
+        raise layer.error("W_q", "uint8, or int32 for 3 bits", codes.dtype)
     found = layer.shape(codes)[0]
     bits = next((bits for bits in (8, 4, 2) if found * 8 == rows * bits), None)
     if bits is None:
         what = f"{rows} rows of 8 bits, in halves of 4 or quarters of 2"
-        raise layer.error("W_q", what, list(layer.shape(codes)))
+        raise layer.error("W_q", what, f"the shape {list(layer.shape(codes))}")
     layer.check("W_q", codes, (found, columns))
     planes = [(codes >> shift) & (2**bits - 1) for shift in range(8 - bits, -1, -bits)]
     return mx.concatenate(planes), bits
@@ -105,4 +106,4 @@ def _check_described(
         found = array.tolist() if array.size <= 2 else list(array.shape)
         found = round(found, 2) if isinstance(found, float) else found
         if found not in values:
-            raise layer.error(suffix, f"{' or '.join(map(str, values))}, by the shape of W_q and config.json", found)
+            raise layer.error(suffix, f"{series(values)}, by the shape of W_q and config.json", found)

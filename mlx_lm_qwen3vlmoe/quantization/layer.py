@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, MissingTensorError
+from ..errors import DAMAGED, MISSING_FILE, CheckpointError, MissingTensorError, series, shown
 
 Tensors = dict[str, mx.array]
 Parameters = dict[str, Any]  # of mlx.nn.quantize: group_size, bits, mode, and global_scale for nvfp4
@@ -61,16 +61,23 @@ class Layer:
         self.host_shape = host_shape
 
     def error(self, suffix: str, expected: str, found: object) -> CheckpointError:
-        return CheckpointError(
-            f"{self.name}.{suffix}: expected {expected}, found {found}. Is quantization_config that of this "
-            "checkpoint? If so, use another format, or the unquantized checkpoint with mlx_lm.convert -q."
+        """The error for a tensor that is not as the description has it: one of the two is wrong."""
+        remedy = f"Is quantization_config that of this checkpoint? {DAMAGED}"
+        return CheckpointError(f"{self.name}.{suffix}", expected, found, remedy)
+
+    def unsupported(self, suffix: str, expected: str, found: object) -> CheckpointError:
+        """The error for a form of a format that is not known here, or that MLX cannot have."""
+        remedy = (
+            "Is quantization_config that of this checkpoint? If so, this form is not supported: use another quantized "
+            "checkpoint, or the unquantized one with mlx_lm.convert -q."
         )
+        return CheckpointError(f"{self.name}.{suffix}", expected, found, remedy)
 
     def setting(self, field: str, expected: str, *known: object, default: object = None) -> Any:
         """A field of the description, which has to be one of the known values."""
         value = self.settings.get(field, default)
         if value not in known:
-            raise self.error("weight", f"{expected} in quantization_config ({field})", repr(value))
+            raise self.unsupported("weight", f"{expected} in quantization_config ({field})", shown(value))
         return value
 
     def shape(self, array: mx.array) -> tuple[int, ...]:
@@ -80,7 +87,7 @@ class Layer:
     def linear_shape(self, suffix: str) -> tuple[int, int]:
         """``(out, in)`` by the config, for a format whose tensors are flat, and of which there are no stacks."""
         if self.stack_shape or self.host_shape is None:
-            raise self.error(suffix, "a linear layer outside of the experts", "another")
+            raise self.unsupported(suffix, "a linear layer outside of the experts", "one of the experts")
         return self.host_shape
 
     def has(self, suffix: str, *dtypes: mx.Dtype) -> bool:
@@ -93,15 +100,16 @@ class Layer:
     def take(self, suffix: str, *ranks: int) -> mx.array:
         """Remove a tensor and return it, as one of these ranks (of one layer), with the dtype that its name has."""
         if suffix not in self.tensors:
-            raise MissingTensorError(
-                f"{self.name}.{suffix}: expected beside the other tensors of its layer, found nothing. "
-                "Is a file of the checkpoint missing?"
-            )
+            name = f"{self.name}.{suffix}"
+            raise MissingTensorError(name, "beside the other tensors of its layer", "nothing", MISSING_FILE)
         array = self.tensors.pop(suffix)
         if array.shape[: len(self.stack_shape)] != self.stack_shape:
-            raise self.error(suffix, f"{self.stack_shape[0]} experts", list(array.shape))
-        if (ranks and len(self.shape(array)) not in ranks) or not array.size:
-            raise self.error(suffix, f"{' or '.join(map(str, ranks))} dimensions", list(self.shape(array)))
+            expected = f"{self.stack_shape[0]} experts, by num_experts in config.json"
+            raise self.error(suffix, expected, f"the shape {list(array.shape)}")
+        if not array.size:
+            raise self.error(suffix, "values", f"none, in the shape {list(self.shape(array))}")
+        if ranks and len(self.shape(array)) not in ranks:
+            raise self.error(suffix, f"{series(ranks)} dimensions", f"the shape {list(self.shape(array))}")
         if suffix in _INDICES:
             if array.dtype not in (mx.int32, mx.uint32):
                 raise self.error(suffix, "32-bit integers", array.dtype)
@@ -129,11 +137,11 @@ class Layer:
         """One float for the whole layer, as ``stack_shape + (1, 1)`` in float32."""
         array = self.floats(suffix)
         if any(axis != 1 for axis in self.shape(array)):
-            raise self.error(suffix, "one number", list(self.shape(array)))
+            raise self.error(suffix, "one number", f"the shape {list(self.shape(array))}")
         return array.astype(mx.float32).reshape(*self.stack_shape, 1, 1)
 
     def check(self, suffix: str, array: mx.array, *shapes: tuple[int, ...]) -> mx.array:
         if self.shape(array) not in shapes:
-            expected = " or ".join(str(list(shape)) for shape in shapes)
+            expected = series([list(shape) for shape in shapes])
             raise self.error(suffix, f"the shape {expected}", list(self.shape(array)))
         return array

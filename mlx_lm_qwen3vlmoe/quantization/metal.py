@@ -34,7 +34,7 @@ class Metal(Family):
             raise layer.error("weight", "packed integers (uint32)", words.dtype)
         outputs, inputs = layer.shape(words)[0], layer.shape(words)[1] * 32 // bits
         if inputs % size:
-            raise layer.error("weight", f"a multiple of {size} inputs, of {bits} bits", inputs)
+            raise layer.error("weight", f"a multiple of {size} inputs of {bits} bits", inputs)
         shape = (outputs, inputs // size)
         layer.check("scales", scales, shape)
         layer.check("qbiases", biases, shape)

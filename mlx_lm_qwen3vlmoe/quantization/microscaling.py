@@ -32,7 +32,7 @@ def mxfp6(layer: Layer, codes: mx.array, scales: mx.array, kind: str) -> Decoded
     size = layer.shape(codes)[1]
     if codes.dtype != mx.uint8 or size % 24:
         found = f"{codes.dtype} {list(layer.shape(codes))}"
-        raise layer.error("weight", "three bytes (uint8) for four of a multiple of 32 inputs", found)
+        raise layer.error("weight", "a multiple of 24 bytes (uint8) for 32 inputs each", found)
     triples = codes.reshape(*codes.shape[:-1], -1, 3)
     first, second, third = (triples[..., i] for i in range(3))
     fours = [first & 63, (first >> 6) | ((second & 15) << 2), (second >> 4) | ((third & 3) << 4), third >> 2]
@@ -62,7 +62,7 @@ def nvfp4(layer: Layer, codes: mx.array, scales: mx.array, scale: mx.array, grou
     if scales.dtype != loaded_e4m3():
         raise layer.error("weight_scale", "e4m3", scales.dtype)
     if group_size not in (16, 32) or inputs % group_size:
-        raise layer.error("weight", "groups of 16 or 32 that divide the inputs", f"{group_size}, {inputs}")
+        raise layer.error("weight", f"{inputs} inputs in groups of 16 or 32", f"groups of {group_size}")
     layer.check("weight_scale", scales, (outputs, inputs // group_size))
     if layer.takes_global_scale and scales.dtype == mx.uint8:
         scales = mx.repeat(scales, group_size // 16, -1)
@@ -84,7 +84,7 @@ def fp4_in_groups(layer: Layer, codes: mx.array, scales: mx.array, why: str) -> 
 
 def _groups(layer: Layer, size: int, group: int) -> int:
     if size % group:
-        raise layer.error("weight", f"a multiple of {group} bytes for groups of 32", size)
+        raise layer.unsupported("weight", f"a multiple of {group} bytes for groups of 32 inputs", size)
     return size // group
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..errors import check_kinds
+from ..errors import check_kinds, series, shown
 from . import fp8, schemes
 from .affine import affine, dequantize
 from .family import Description, Family
@@ -70,8 +70,8 @@ class ModelOpt(Family):
 def _decode(layer: Layer) -> Decoded:
     algorithm = str(layer.settings.get("quant_algo")).upper()
     if algorithm == "W4A8_AWQ":
-        raise layer.error("weight", "another format", "W4A8_AWQ, by quant_algo")
-    if layer.has("weight_scale_2"):
+        raise layer.unsupported("weight", "another quant_algo in quantization_config", algorithm)
+    if layer.has("weight_scale_2") or "NVFP4" in algorithm:
         return _nvfp4(layer, algorithm)
     if layer.has("weight", mx.int8):
         return _int8(layer, algorithm)
@@ -86,7 +86,12 @@ def _decode(layer: Layer) -> Decoded:
 def _check_algorithm(layer: Layer, suffix: str, algorithm: str, *known: str) -> None:
     """One of these is part of its name, or it is not described, or of each layer (in hf_quant_config.json)."""
     if not any(name in algorithm for name in (*known, "NONE", "MIXED_PRECISION")):
-        raise layer.error(suffix, f"{' or '.join(known)} in quantization_config (quant_algo)", repr(algorithm))
+        raise _another(layer, suffix, *known)
+
+
+def _another(layer: Layer, suffix: str, *known: str) -> Exception:
+    expected = f"quant_algo {series(known)} in quantization_config"
+    return layer.error(suffix, expected, shown(layer.settings.get("quant_algo")))
 
 
 def _nvfp4(layer: Layer, algorithm: str) -> Decoded:
@@ -104,7 +109,7 @@ def _int4(layer: Layer) -> Decoded:
     layer.check("weight_scale", scales, (2 * rows, layer.shape(scales)[1]))
     size = _group(layer, inputs, layer.shape(scales)[1])
     if size < 32:  # which the tool does not write, and config.json need not say
-        raise layer.error("weight_scale", "groups of at least 32 inputs", size)
+        raise layer.error("weight_scale", "groups of at least 32 inputs", f"groups of {size}")
     # Two's complement with 8 added is the same nibble with the highest bit turned.
     codes = mx.stack([(pairs & 15) ^ 8, (pairs >> 4) ^ 8], -2).flatten(-3, -2)
     return affine(layer, pack(codes, 4), scales, None, 4, size)
@@ -116,7 +121,7 @@ def _int8(layer: Layer, algorithm: str) -> Decoded:
     outputs, inputs = layer.shape(weight)
     layer.check("weight_scale", scales, (outputs,))
     if inputs % 4:
-        raise layer.error("weight", "a multiple of 4 inputs", inputs)
+        raise layer.unsupported("weight", "a multiple of 4 inputs", inputs)
     words = pack(weight.view(mx.uint8) ^ 128, 8)
     return affine(layer, words, mx.expand_dims(scales, -1), None, 8)
 
@@ -127,7 +132,7 @@ def _group(layer: Layer, inputs: int, groups: int) -> int:
     described = {size for fields in (layer.settings, *weights) if (size := fields.get("group_size"))}
     size, rest = divmod(inputs, groups)
     if rest or size & (size - 1) or (described and size not in described):
-        what = f"groups of {' or '.join(map(str, sorted(described))) or 'a power of two'} of {inputs} inputs"
+        what = f"{inputs} inputs in groups of {series(sorted(described) or ['a power of two'])}"
         raise layer.error("weight_scale", what, f"{groups} groups")
     return size
 
@@ -138,4 +143,4 @@ def microscaled(layer: Layer, codes: mx.array, scales: mx.array, algorithm: str)
         return mxfp4(layer, codes, scales)
     if "MXFP8" in algorithm:
         return mxfp8(layer, codes, scales)
-    raise layer.error("weight", "MXFP4 or MXFP8 in quantization_config (quant_algo)", repr(algorithm))
+    raise _another(layer, "weight", "MXFP4", "MXFP8")

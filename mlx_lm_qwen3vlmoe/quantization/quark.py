@@ -22,7 +22,7 @@ import fnmatch
 
 import mlx.core as mx
 
-from ..errors import check_kinds, description_error
+from ..errors import check_kinds, description_error, shown
 from . import fp8
 from .affine import affine
 from .family import Description, Family
@@ -85,7 +85,7 @@ class Quark(Family):
         found = " over ".join(kinds) + (f" with scale_format {scale_format}" if scale_format else "")
         if scale_format == "e5m3":
             found = f"amdfp4 ({found})"
-        raise layer.error("weight", f"{known} in quantization_config (dtype)", found or "none")
+        raise layer.unsupported("weight", f"{known} in quantization_config (dtype)", found or "nothing")
 
 
 def _shared(layer: Layer) -> tuple[int, int] | None:
@@ -103,7 +103,7 @@ def _eight_bits(layer: Layer, signed: bool) -> Decoded:
         if array is not None and array.dtype != kind:
             raise layer.error(suffix, str(kind), array.dtype)
     if inputs % 32:
-        raise layer.error("weight", "a multiple of 32 inputs", inputs)
+        raise layer.unsupported("weight", "a multiple of 32 inputs", inputs)
     offset = 128 if signed else 0
     words = (weight.astype(mx.int32) + offset).astype(mx.uint8).view(mx.uint32)
     scales = _column(layer, "weight_scale", scales, outputs)
@@ -129,12 +129,13 @@ def _four_bits(layer: Layer, signed: bool) -> Decoded:
         scales = layer.floats("weight_scale", 1)
         return _four_bits_by_channel(layer, mx.expand_dims(scales, -1), "weight_zero_point", signed)
     if stage.get("qscheme") != "per_group":
-        raise layer.error("weight", "per_group or per_channel in quantization_config (qscheme)", stage.get("qscheme"))
+        expected = "per_group or per_channel in quantization_config (qscheme)"
+        raise layer.unsupported("weight", expected, shown(stage.get("qscheme")))
     order, words, scales = _order(layer), layer.words("weight", 2), layer.floats("weight_scale", 2)
     (inputs, size), (groups, outputs) = layer.shape(words), layer.shape(scales)
     layer.check("weight", words, (inputs, outputs // 8))
     if inputs % 8 or outputs % 8:
-        raise layer.error("weight", "a multiple of 8 inputs and outputs", [inputs, outputs])
+        raise layer.unsupported("weight", "a multiple of 8 inputs and outputs", f"{inputs} and {outputs}")
     zeros = layer.words("weight_zero_point", 2) if layer.has("weight_zero_point") else None
     if zeros is not None:
         layer.check("weight_zero_point", zeros, (groups, size))
@@ -164,7 +165,7 @@ def _four_bits_by_channel(layer: Layer, scales: mx.array, suffix: str, signed: b
 def _order(layer: Layer) -> tuple[int, ...]:
     method = (layer.settings.get("export") or {}).get("pack_method")
     if method not in ("reorder", "order"):
-        raise description_error("export.pack_method", "'reorder' or 'order'", method)
+        raise description_error("export.pack_method", '"reorder" or "order"', method)
     return AWQ if method == "reorder" else PLAIN
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, check_block, check_kinds, description_error
+from ..errors import check_block, check_kinds, description_error, series
 from .fp8 import CHANNEL, TENSOR, spread
 from .layer import Layer
 
@@ -50,10 +50,7 @@ def is_named(target: Any, name: str) -> bool:
     try:
         return re.match(target[3:], name) is not None
     except re.error as error:
-        raise CheckpointError(
-            f"quantization_config: targets: expected a regular expression, found {target[3:]!r} ({error}). "
-            "Take config.json from the original checkpoint."
-        ) from None
+        raise description_error("targets", f"a regular expression after re: ({error})", target) from None
 
 
 def schemes_for(layer: Layer, kind: str, *bits: int) -> list[Scheme]:
@@ -61,9 +58,9 @@ def schemes_for(layer: Layer, kind: str, *bits: int) -> list[Scheme]:
     schemes: list[Scheme] = layer.settings.get("schemes") or []
     fitting = [s for s in schemes if s.get("type", kind) == kind and (not bits or s.get("num_bits") in bits)]
     if schemes and not fitting:
-        found = ", ".join(f"{scheme.get('type')} of {scheme.get('num_bits')} bits" for scheme in schemes)
-        numbers = f" of {' or '.join(map(str, bits))} bits" if bits else ""
-        raise layer.error("weight", f"a scheme for {kind}{numbers} in config_groups", found)
+        kinds = [f"{scheme.get('num_bits', 'some')} bits of {scheme.get('type', kind)}" for scheme in schemes]
+        expected = f"{series(bits)} bits of {kind}" if bits else f"the type {kind}"
+        raise layer.error("weight", f"{expected} in config_groups", series(kinds, "and"))
     return fitting
 
 
@@ -79,14 +76,11 @@ def scheme_of_words(layer: Layer, scales: mx.array, stream: tuple[int, int], zer
         and (zeros is None or layer.shape(zeros)[:1] == (outputs * bits // 32,))
     }
     if not fitting and len(found := layer.shape(scales)) == 2 and found[0] not in (1, outputs):
-        raise layer.error("weight_scale", f"the shape {[outputs, found[1]]}, or that of blocks", list(found))
+        raise layer.error("weight_scale", f"the shape {[outputs, found[1]]}, or one scale a block", list(found))
     if len(fitting) != 1:
-        shapes = f"{[outputs, size // 32]} with scales {list(layer.shape(scales))}"
-        raise layer.error(
-            "weight_packed",
-            "to fit one scheme of config_groups",
-            f"{shapes}, which fits {sorted(fitting) or 'no'} bits",
-        )
+        shapes = f"the shape {[outputs, size // 32]} with scales {list(layer.shape(scales))}"
+        shapes += f", which fits {series(sorted(fitting), 'and') if fitting else 'no'} bits"
+        raise layer.error("weight_packed", "a shape that fits one scheme of config_groups", shapes)
     (scheme,) = fitting.values()
     return scheme
 
@@ -133,7 +127,7 @@ def of_each_output(
         expected = [[math.ceil(shape[n] / block[n]) for n in (0, 1)]] if block else [[shape[0], 1], [1]]
         if not block and (strategy := scheme.get("strategy")) in ("channel", "tensor"):
             expected = expected[:1] if strategy == "channel" else expected[1:]
-        what = f"the shape {' or '.join(map(str, expected))}, by config_groups"
+        what = f"the shape {series(expected)}, by config_groups"
         raise layer.error(suffix, what, list(layer.shape(scales)))
     high = block[0] if block else 1 if grid[0] == shape[0] else shape[0]
     return spread(scales.reshape(*layer.stack_shape, *grid), -2, shape[0], high, 1)

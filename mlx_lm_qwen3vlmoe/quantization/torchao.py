@@ -41,7 +41,7 @@ class TorchAo(Family):
             layer.tensors.pop(suffix, None)
         codes = layer.take("_weight_qdata", 2)
         if codes.dtype not in (mx.int8, loaded_e4m3()):
-            raise layer.error("_weight_qdata", "int8 or e4m3 (of Int8Tensor, IntxUnpackedToInt8Tensor)", codes.dtype)
+            raise layer.error("_weight_qdata", "int8 or e4m3", codes.dtype)
         config = _within(layer.settings.get("quant_type"), "default")
         kind = re.search("(Int8|Intx|Float8)Weight", str(_within(config, "_type")))
         if kind and (kind[1] == "Float8") != (codes.dtype != mx.int8):
@@ -81,7 +81,7 @@ def _integers(layer: Layer, codes: mx.array, bits: int) -> Decoded:
     outputs, inputs = layer.shape(codes)
     rows, groups = layer.shape(scales)
     if (rows, groups) != (1, 1) and (rows != outputs or inputs % groups):
-        raise layer.error("_weight_scale", f"[{outputs}, groups] or [1, 1]", [rows, groups])
+        raise layer.error("_weight_scale", f"the shape [{outputs}, groups] or [1, 1]", [rows, groups])
     if zeros is not None:
         layer.check("_weight_zero_point", zeros, (rows, groups))
         if zeros.dtype != mx.int8 and not mx.issubdtype(zeros.dtype, mx.floating):

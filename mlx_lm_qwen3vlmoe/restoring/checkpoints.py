@@ -13,8 +13,8 @@ from .. import quantization
 from ..errors import CheckpointError
 from ..files.headers import CONFIGS, hub_folder, local_headers, read_config
 from ..files.tensors import FLOATS, find_tensors, row_ranges
-from ..inspection.report import hollow_model
-from ..layouts.names import EMBEDDINGS, HEAD, shortened
+from ..inspection.report import described, hollow_model
+from ..layouts.names import EMBEDDINGS, HEAD
 from ..quantization import Parameters
 from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime.backend import planned
@@ -44,7 +44,7 @@ class Checkpoint:
             try:
                 self.model, _ = hollow_model(folder, headers)
             except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host
-                raise CheckpointError(f"{folder}: expected a checkpoint that loads, found {e}") from e
+                raise CheckpointError(f"{folder} does not load: {described(e)}") from e
 
     def refuse(self) -> None:
         """Raise `CheckpointError` for what is of no use here, before it is loaded."""
@@ -67,7 +67,7 @@ class Tuned(Checkpoint):
             raise _not_fused(folder / adapters[0])
         super().__init__(folder)
         self.layers = by_layer(rename(self.tensors))
-        if stored_apart := next((path for path in self.layers if ".mlp.experts" in path), None):
+        if stored_apart := next((name for name in self.tensors if ".mlp.experts." in name), None):
             raise _not_by_mlx(folder, stored_apart)
         self.packed: dict[str, Parameters] = {
             path: {name: getattr(module, name) for name in ("group_size", "bits", "mode") if hasattr(module, name)}
@@ -77,7 +77,7 @@ class Tuned(Checkpoint):
 
     def refuse(self) -> None:
         if adapter := next((name for name in self.tensors if "lora_" in name), None):
-            raise _not_fused(f"{self.folder}: {shortened(adapter)}")
+            raise _not_fused(f"{self.folder}: {adapter}")
         if foreign_quantization(self.config) is not None:
             raise _not_by_mlx(self.folder, "quantization_config of another tool")
 
@@ -95,8 +95,10 @@ class Tuned(Checkpoint):
             head, embeddings = (self.rows(path, first, last) for path in (HEAD, EMBEDDINGS))
             if not mx.array_equal(head, embeddings, equal_nan=True).item():
                 raise CheckpointError(
-                    f"{HEAD}.weight: expected the embeddings, as the original is tied and has no head of its own, "
-                    f"found others in rows {first} to {last - 1}. Tune neither of them (adapters leave both alone)."
+                    f"{HEAD}.weight",
+                    "the embeddings, as the original is tied and has no head of its own",
+                    f"other numbers in rows {first} to {last - 1}",
+                    "Tune neither of them (adapters leave both alone).",
                 )
 
 
@@ -114,7 +116,7 @@ class Original(Checkpoint):
         self.parts = unsanitize(self.tensors, self.model.args)
         for tensor in self.parts:
             if (dtype := self.tensors[tensor].dtype) not in FLOATS:
-                raise _quantized(name, f"{shortened(tensor)} in {dtype}")
+                raise _quantized(name, f"{tensor} in {dtype}")
 
     def refuse(self) -> None:
         check_unquantized(self.folder, self.name)
@@ -127,7 +129,7 @@ class Original(Checkpoint):
             found += [path for name in names if (path := Path(where, name)) not in self.files]
         for path in found:
             if not path.is_file():
-                raise CheckpointError(f"{path}: expected a file, found none. Is the download complete?")
+                raise CheckpointError(path, "a file", "none", "Is it a broken link? Download it again.")
         return sorted(found)
 
 
@@ -148,18 +150,14 @@ def check_unquantized(folder: Path, name: str) -> None:
 def _quantized(name: str, what: str) -> CheckpointError:
     official = _OFFICIAL.search(name)
     which = f": Qwen/{official[0]}" if official else ""
-    return CheckpointError(
-        f"{name}: expected an unquantized original, found {what}. Take the one that it was made from{which}."
-    )
+    remedy = f"Use the original that it was made from{which}."
+    return CheckpointError(name, "an unquantized original", what, remedy)
 
 
 def _not_fused(what: object) -> CheckpointError:
-    return CheckpointError(
-        f"{what}: expected a model without adapters, found some that are not fused. Run mlx_lm.fuse first."
-    )
+    return CheckpointError(what, "a model without adapters", "some that are not fused", "Run mlx_lm.fuse first.")
 
 
 def _not_by_mlx(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: expected a model that mlx_lm.fuse or mlx_lm.convert wrote, found {what}. Is it the original?"
-    )
+    remedy = "Is this the original? The tuned model comes first."
+    return CheckpointError(folder, "a model that mlx_lm.fuse or mlx_lm.convert wrote", what, remedy)

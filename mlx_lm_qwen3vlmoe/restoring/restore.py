@@ -19,7 +19,7 @@ from ..config import SIZES
 from ..errors import CheckpointError
 from ..files.tensors import FileTensor, all_finite, copy_bytes, row_ranges
 from ..files.writing import check_empty, new_folder, sync
-from ..layouts.names import HEAD, host_name, shortened
+from ..layouts.names import HEAD, as_stored, host_name
 from ..layouts.stacking import Part
 from .checkpoints import Original, Tuned, original_folder
 
@@ -43,7 +43,8 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
         CheckpointError: the two do not fit, or one of them is not what is expected of it. Nothing is written then.
     """
     if not Path(tuned).is_dir():
-        raise CheckpointError(f"{tuned}: expected a folder that mlx_lm.fuse or mlx_lm.convert wrote, found none.")
+        remedy = "Name the folder of --save-path (fuse) or --mlx-path (convert)."
+        raise CheckpointError(tuned, "a folder that mlx_lm.fuse or mlx_lm.convert wrote", "no such folder", remedy)
     check_empty(Path(save_path))  # before anything is downloaded
     folder = original_folder(original)
     _check_places(Path(tuned), folder, Path(save_path))
@@ -68,10 +69,11 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
 
 def _check_places(tuned: Path, original: Path, out: Path) -> None:
     if tuned.resolve() == original.resolve():
-        raise CheckpointError(f"{tuned}: expected a tuned model and its original, found one folder for both.")
+        remedy = "The original is the checkpoint with the vision tower."
+        raise CheckpointError(tuned, "a tuned model and its original", "one folder for both", remedy)
     for inner, outer in ((out, tuned), (out, original), (tuned, original)):
         if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
-            raise CheckpointError(f"{inner}: expected a folder outside of {outer}. Move it, or choose another.")
+            raise CheckpointError(inner, f"a folder outside of {outer}", "one in it", "Move it, or choose another.")
 
 
 def _compare(text: Tuned, target: Original) -> None:
@@ -80,8 +82,10 @@ def _compare(text: Tuned, target: Original) -> None:
         wanted, found = (each.text_config[field] for each in (target, text))
         if found != wanted:
             raise CheckpointError(
-                f"{text.folder}: {field}: expected {wanted}, as in the original, found {found}. Take the original that "
-                "this model was tuned from; one that has changed its sizes cannot go back."
+                f"{text.folder}: config.json: {field}",
+                f"{wanted}, as in the original",
+                found,
+                "Use the original that this model was tuned from. A model that has changed its sizes cannot go back.",
             )
     needed = {path for part in target.parts.values() for path in part.layers}
     if HEAD in text.layers and HEAD not in needed:
@@ -89,10 +93,13 @@ def _compare(text: Tuned, target: Original) -> None:
         needed.add(HEAD)
     for path in sorted(needed ^ text.layers.keys()):
         one, other = (text.folder, target.folder) if path in text.layers else (target.folder, text.folder)
-        raise CheckpointError(
-            f"{path}: expected in both or in none, found in {one} and not in {other}. Take the original that this "
-            "model was tuned from."
-        )
+        with as_stored((text if path in text.layers else target).tensors):
+            raise CheckpointError(
+                f"{path}.weight",
+                "in both checkpoints or in neither",
+                f"in {one} and not in {other}",
+                "Use the original that this model was tuned from.",
+            )
 
 
 def _give_notices(text: Tuned, target: Original) -> None:
@@ -163,7 +170,9 @@ def _pieces(name: str, old: FileTensor, part: Part, text: Tuned) -> Iterator[mx.
             before = old.rows(first, last) if part.row is None else old.rows(0, old.shape[0])
             if not mx.array_equal(before.view(old.bits).flatten(), piece.flatten()).item():
                 raise CheckpointError(
-                    f"{shortened(name)}: expected finite numbers in {old.dtype}, found others in {part.layers[0]} of "
-                    f"{text.folder}. Did the training diverge?"
+                    name,
+                    f"finite numbers in {old.dtype}",
+                    f"others in {part.layers[0]}.weight of {text.folder}",
+                    f"Did the training diverge, or is a number too large for {old.dtype}?",
                 )
         yield piece

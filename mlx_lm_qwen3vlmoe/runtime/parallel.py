@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, series
 
 
 def pieces(text: dict[str, Any], modules: Iterable[tuple[str, nn.Module]]) -> dict[str, int]:
@@ -55,13 +55,11 @@ def check(ranks: int, mode: str, sizes: dict[str, int]) -> None:
     if mode == "tensor":
         culprits = {name: size for name, size in sizes.items() if size % ranks}
         rule = "a number of ranks that divides"
-        remedy = "Launch as many, or use a pipeline."
+        remedy = "Launch one of these numbers, or use a pipeline."
     else:
-        culprits, rule, remedy = sizes, "at most one rank for each of", "Launch as many."
-    named = ", ".join(f"{name} ({size})" for name, size in culprits.items())
-    raise CheckpointError(
-        f"{mode} parallelism: expected {rule} {named}, that is {listed(numbers)}, found {ranks}. {remedy}"
-    )
+        culprits, rule, remedy = sizes, "at most one rank for each of", "Launch one of these numbers."
+    named = series([f"{name} ({size})" for name, size in culprits.items()], "and")
+    raise CheckpointError(f"{mode} parallelism", f"{rule} {named}, that is {listed(numbers)}", ranks, remedy)
 
 
 def cut(model: nn.Module, group: Any) -> None:
@@ -93,4 +91,4 @@ def listed(numbers: list[int]) -> str:
     """Numbers of ranks in words."""
     if len(numbers) > 2 and numbers == list(range(1, len(numbers) + 1)):
         return f"1 to {len(numbers)}"
-    return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+    return series(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ def scheme(**fields):
 
 ONE = bfloat16(np.ones(1))
 FOUND_TWO = "found two"
+MORE_LAYOUTS = "found more than one"
 UP, Q = f"{EXPERT}.up_proj", f"{LAYERS}.0.self_attn.q_proj"
 
 
@@ -110,9 +112,29 @@ def group(**fields):
 def check_refusal(
     name: str, change, expected: list[str], folder: Path, kind: type[Exception] = CheckpointError
 ) -> None:
-    """A fixture with one change gives one error, which has all of these parts."""
+    """A fixture with one change gives one error: a sentence with all of these parts, in the words of the file."""
     checkpoint = Checkpoint(name)
+    before = set(checkpoint.tensors)
     change(checkpoint)
     message = refusal(checkpoint.save(folder), kind)
+    check_sentence(message)
+    check_names(message, before | checkpoint.tensors.keys())
     for part in expected:
         assert part in message
+
+
+def check_sentence(message: str) -> None:
+    """Every value that is filled in reads as a part of a sentence."""
+    assert re.fullmatch(r"\S.*: expected \S.*, found \S.*[.?]", message), message
+    for odd in ("  ", "\n", "None", "found it", "True", "False", ",,", "mlx.core", "found ."):
+        assert odd not in message.replace("…", ""), message
+
+
+def check_names(message: str, names: set[str]) -> None:
+    """What is named first is a tensor of the file, or of one that is whole: another layer's if it has none such."""
+    where = message.partition(": expected ")[0]
+    if where.startswith(("config.json: ", "quantization_config: ")):
+        return
+    alike = {re.sub(r"\.\d+\.", ".N.", name) for name in names}
+    for name in where.split(", "):
+        assert name in names or re.sub(r"\.\d+\.", ".N.", name) in alike, message

@@ -17,7 +17,7 @@ from . import FIXTURES, QUANTIZED, TINY
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 TYPES = {"F16": "f2", "F32": "f4", "I8": "i1", "I32": "i4", "I64": "i8", "U8": "u1", "U32": "u4"}
-TYPES |= {"BF16": "u2", "F8_E4M3": "u1"}  # numpy has neither: their bits
+TYPES |= {"I16": "i2", "BF16": "u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}  # numpy has neither: their bits
 Array = tuple[str, np.ndarray]  # a safetensors dtype, and the bits
 
 

@@ -11,11 +11,13 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,12 @@ def _task(command: list[str]) -> tuple[str, list[str]] | None:
 # --- in that process ------------------------------------------------------------------------------------------------
 
 
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: numpy's, which have nothing to do yet
+        return os.fork()
+
+
 def _serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
     """Fork for each request; returns in the child, with what it is to do."""
     listening = socket.socket(socket.AF_UNIX)
@@ -119,15 +127,16 @@ def _serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
     while True:
         ready, _, _ = select.select([listening, 0], [], [])
         if 0 in ready:
+            shutil.rmtree(Path(address).parent)
             os._exit(0)
         connection, _ = listening.accept()
-        if os.fork():
+        if _fork():
             connection.close()
             continue
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         listening.close()
         _, files, _, _ = socket.recv_fds(connection, 1, 4)
-        if child := os.fork():
+        if child := _fork():
             for file in (*files, 0, 1, 2):
                 os.close(file)
             connection.send(str(child).encode())
