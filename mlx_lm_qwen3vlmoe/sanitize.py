@@ -22,6 +22,7 @@ from .config import ModelArgs, axes
 from .errors import MISSING_FILE, CheckpointError, MissingTensorError, beyond, differing, shape_error
 from .layouts.decoder import ROUTER_BIAS, Decoder
 from .layouts.experts import check_orientations, gather
+from .layouts.guests import guests
 from .layouts.merged import cut_merged, refuse_merged
 from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, as_stored, host_name, layer_and_suffix, stranger
 from .layouts.stacking import Layers, Part
@@ -46,7 +47,8 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     Lazy and idempotent: no array is evaluated but the order of inputs in act-order, of which a wrong number would read
     memory of somebody else, and a bias of the router's choices, which has to be zero. Takes any part of a checkpoint,
     ``{}`` too; one with all layers must be complete. Layers that stay packed are described under ``quantization`` in
-    the live config, where the host looks next.
+    the live config, where the host looks next. Layers of other programs are handed on as they are, see
+    `layouts.guests`.
 
     Args:
         weights: names as any writer gives them → arrays; left as it is.
@@ -55,17 +57,32 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     Raises:
         CheckpointError: a tensor belongs to nothing, or is missing, ambiguous or of the wrong shape.
     """
-    layers = by_layer(rename(weights))
+    own, others = sanitize_beside(weights, args, set())
+    return own | others
+
+
+def sanitize_beside(weights: Weights, args: ModelArgs, replaced: set[str]) -> tuple[Weights, Weights]:
+    """As `sanitize`: the tensors of the host's layers, and those of other programs' layers.
+
+    Args:
+        replaced: the paths of layers that the model has of another program already.
+    """
+    renamed = rename(weights)
+    layers = by_layer(renamed)
+    left = guests(layers, args.quantization_config, args.config.get("quantization") or {}) | (layers.keys() & replaced)
     present = {int(match[1]) for match in (_LAYER.match(f"{path}.") for path in layers) if match}
     complete = present.issuperset(range(args.text_config["num_hidden_layers"]))
     with as_stored(weights):
-        decoded = with_head(decode_layers(layers, args, complete), args.tie_word_embeddings, complete)
+        decoded = decode_layers({path: layers[path] for path in layers if path not in left}, args, complete)
+        if left.isdisjoint((HEAD, EMBEDDINGS)):
+            decoded = with_head(decoded, args.tie_word_embeddings, complete)
         hosts = {f"{path}.{suffix}": array for path, each in decoded.items() for suffix, array in each.tensors.items()}
         check_names(hosts, args.text_config)
+        check_names((f"{path}.weight" for path in left if ".mlp.experts." not in path), args.text_config)
     packed: dict[str, Parameters] = {path: each.parameters for path, each in decoded.items() if each.parameters}
     if packed:
         record_quantization(args.config, packed)
-    return hosts
+    return hosts, {name: array for name, array in renamed.items() if layer_and_suffix(name)[0] in left}
 
 
 def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:

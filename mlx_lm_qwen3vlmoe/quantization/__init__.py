@@ -38,7 +38,7 @@ from .gptq import ACT_ORDER
 from .layer import IGNORED, Decoded, Layer, Parameters, Tensors
 
 __all__ = ["ACT_ORDER", "FAMILIES", "IGNORED", "Decoded", "Layer", "Parameters", "Tensors", "common", "decode"]
-__all__ += ["dequantize", "halves", "is_foreign", "layer_settings", "read_description", "title", "turned"]
+__all__ += ["dequantize", "halves", "is_foreign", "is_suffix", "layer_settings", "read_description", "title", "turned"]
 
 FAMILIES: tuple[Family, ...] = (
     auto_round.AutoRound(),
@@ -103,6 +103,11 @@ def is_foreign(tensors: Tensors) -> bool:
     """Whether the tensors of a layer are neither a float weight nor MLX's own packed ones."""
     weight = tensors.get("weight")
     return not _FOREIGN.isdisjoint(tensors) or (weight is not None and weight.dtype in (mx.uint8, mx.int8, mx.int32))
+
+
+def is_suffix(suffix: str) -> bool:
+    """Whether a tool gives this name to a tensor of a quantized layer."""
+    return suffix in _FOREIGN
 
 
 def layer_settings(description: dict[str, Any], name: str) -> dict[str, Any]:
