@@ -123,7 +123,14 @@ def turned(description: dict[str, Any]) -> tuple[str, ...]:
 
 
 def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
-    """Fused experts cut in two along an axis of the weight, -1 or -2; None if they have to be decoded before that."""
+    """Fused experts cut in two along an axis of the weight, -1 or -2; None if they have to be decoded before that.
+
+    AngelSlim has a scale for each half, ``weight_scale [E, 2]``.
+    """
+    if tensors.keys() - IGNORED == {"weight", "weight_scale"} and tensors["weight_scale"].shape[1:] == (2,):
+        weights, scales = mx.split(tensors["weight"], 2, axis), mx.split(tensors["weight_scale"], 2, -1)
+        first, second = ({"weight": weights[n], "weight_scale": scales[n]} for n in (0, 1))
+        return first, second
     family = _family(tensors, settings)
     return family.halves(tensors, axis, settings) if family else None
 

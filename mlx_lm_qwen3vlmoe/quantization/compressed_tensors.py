@@ -26,7 +26,7 @@ from . import fp8
 from .affine import BITS, affine, signed_pairs
 from .family import Description, Family
 from .gptq import in_order
-from .layer import Decoded, Layer, Tensors
+from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
 from .numbers import loaded_e4m3
 from .packing import pack, unpack
@@ -67,12 +67,6 @@ class CompressedTensors(Family):
         named = [group["weights"] for group in groups if any(is_named(t, name) for t in group.get("targets") or [])]
         schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
         return {**description, "schemes": schemes}
-
-    def halves(self, tensors: Tensors, axis: int, settings: Description) -> tuple[Tensors, Tensors] | None:
-        """FP8 of AngelSlim, which has a scale for each half, is cut; all others are decoded first."""
-        scales = tensors.get("weight_scale")
-        two = scales is not None and scales.shape[1:] == (2,) and "weight" in tensors
-        return fp8.Fp8().halves(tensors, axis, {}) if two else None
 
     def decode(self, layer: Layer) -> Decoded:
         if layer.has("weight_packed", mx.int32, mx.uint32):

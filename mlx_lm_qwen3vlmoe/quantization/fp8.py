@@ -59,8 +59,6 @@ class Fp8(Family):
             shape = array.shape[len(stack_shape) :]
             if suffix == "weight" or (high and shape == _grid(rows, columns, high, wide) and border % block == 0):
                 first[suffix], second[suffix] = mx.split(array, 2, axis)
-            elif suffix == "weight_scale" and shape == (2,):
-                first[suffix], second[suffix] = mx.split(array, 2, -1)
             elif shape == (1, 1) and _grid(rows, columns, high or rows, wide or columns) == (1, 1):
                 first[suffix] = second[suffix] = array
             else:

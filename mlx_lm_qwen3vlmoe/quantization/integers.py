@@ -53,7 +53,7 @@ class EightBits(Family):
 class FourBits(Family):
     methods = ("w4afp8", "w4a8_awq")
     detail = ""
-    marks = ("weight_scale_inv", "qweight", "weight_scale.int4")
+    marks = ("weight_scale_inv", "qweight", "weight_scale", "weight_scale.int4")
     formats = (
         "SGLang `w4afp8`, AngelSlim `w4a8_awq`: experts | `weight` or `qweight` in int8 | affine, 4 bits | packed",
         "the same: other layers | `weight` in e4m3 | float | 16 bits",
