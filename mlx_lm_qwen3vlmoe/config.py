@@ -27,7 +27,7 @@ from typing import Any
 from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
-from .errors import FROM_ITS_MODEL, LARGEST, UNSUPPORTED, check_positive, config_error
+from .errors import CORRECT, LARGEST, UNSUPPORTED, USE_ITS_MODELS, check_positive, config_error
 from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,22 @@ _TEXT_FIELDS = {
     "initializer_range",
     "norm_topk_prob",
     "num_local_experts",
+    "per_layer_config",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "router_aux_loss_coef",
     "use_cache",
 } - {"model_type"}
+# Of all model types in transformers 5.24, of training, or looked at elsewhere.
+_HARMLESS = {
+    *("chunk_size_feed_forward", "experts_implementation", "max_window_layers", "mrope_interleaved", "mrope_section"),
+    *("output_attentions", "output_router_logits", "partial_rotary_factor", "rope_type", "router_jitter_noise"),
+}
+_MEANINGFUL = re.compile(  # names of fields that change the numbers of other models
+    r"scal|cap|sliding|window|chunk|rout|expert|topk|top_k|bias|norm|multiplier|activation|_act$|temperature|residual|"
+    r"rotary|rope|layer_types|attention|softmax|sink|per_layer|share"
+)
 
 
 @dataclasses.dataclass
@@ -98,6 +108,7 @@ class ModelArgs(BaseModelArgs):
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tie = tied(params)
         text_config = normalize(params)
+        _report_unread(text_config)
         foreign = foreign_quantization(params)
         settle_quantization(params)
         return cls(
@@ -144,8 +155,8 @@ def _check_sizes(text: dict[str, Any]) -> None:
         if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
             text[field] = text["hidden_size"] // text["num_attention_heads"]
         most = _MOST_LAYERS if field == "num_hidden_layers" else LARGEST
-        dense = "Is the model a dense Qwen3-VL? Its model_type is qwen3_vl. If not: " if field in _OF_EXPERTS else ""
-        check_positive(field, text.get(field), int, most, dense + FROM_ITS_MODEL)
+        dense = f"A dense Qwen3-VL has the model_type qwen3_vl. If this model has experts, {USE_ITS_MODELS}"
+        check_positive(field, text.get(field), int, most, dense if field in _OF_EXPERTS else CORRECT)
     heads = text["num_attention_heads"]
     if heads * text["head_dim"] > LARGEST:
         raise config_error("head_dim", f"at most {LARGEST} over all {heads} heads", text["head_dim"])
@@ -169,9 +180,25 @@ def _check_supported(text: dict[str, Any]) -> None:
         raise config_error("attention_bias", "false", text["attention_bias"], UNSUPPORTED)
     if text["hidden_act"] not in ("silu", "swish"):
         raise config_error("hidden_act", '"silu"', text["hidden_act"], UNSUPPORTED)
+    if layers := text.get("per_layer_config"):
+        raise config_error("per_layer_config", "nothing, as all layers are alike", layers, UNSUPPORTED)
     if text.get("norm_topk_prob") is False:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True
+
+
+def _report_unread(text: dict[str, Any]) -> None:
+    """Log once which fields sound like changing the numbers, although nobody reads them in this model type."""
+    unread = []
+    for field in sorted(text.keys() - _TEXT_FIELDS - _DEFAULTS.keys() - _HARMLESS):
+        value = text[field]
+        neutral = value in (None, 0, [], {}, "") or (type(value) is float and value == 1)
+        if field == "layer_types" and isinstance(value, list):
+            neutral = all(each == "full_attention" for each in value)
+        if _MEANINGFUL.search(field) and not neutral and not field.startswith("_"):
+            unread.append(field)
+    if unread:
+        logger.warning("config.json: %s: neither transformers nor this package reads this here", ", ".join(unread))
 
 
 def _name_dtype(config: dict[str, Any], text: dict[str, Any]) -> None:
@@ -246,7 +273,7 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
         config["text_config"] = text
     if not isinstance(text, dict):
         expected = "an object with the fields of the language model"
-        raise config_error("text_config", expected, text, f"Is this a Qwen3-VL-MoE checkpoint? If so: {FROM_ITS_MODEL}")
+        raise config_error("text_config", expected, text, f"Is this a Qwen3-VL-MoE checkpoint? If so, {USE_ITS_MODELS}")
     return text
 
 

@@ -311,6 +311,21 @@ def test_quantization_is_another_tools_or_mlxs_wherever_it_stands(config, foreig
             assert home.get(field) in (None, MLX)
 
 
+@pytest.mark.parametrize("missing", [{}, {"group_size": None, "bits": None}])
+@pytest.mark.parametrize(
+    ("mode", "group_size", "bits"), [("affine", 64, 4), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+)
+def test_what_is_null_or_missing_in_an_entry_is_the_default_of_its_mode(mode, group_size, bits, missing):
+    found = own_quantization({"quantization": {**MLX, "a": {"mode": mode, **missing}, "b": True}})
+    assert found == {**MLX, "a": {"mode": mode, "group_size": group_size, "bits": bits}, "b": True}
+
+
+def test_an_entry_without_a_mode_is_affine_whatever_the_others_are():
+    """As MLX's own layers take it."""
+    found = own_quantization({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4", "a": {"bits": 8}}})
+    assert found["a"] == {"bits": 8, "group_size": 64}
+
+
 def test_importing_the_package_imports_neither_mlx_nor_the_host():
     from support.commands import run
 

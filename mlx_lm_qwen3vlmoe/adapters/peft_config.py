@@ -12,8 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import series
-from ..errors import CheckpointError
+from ..errors import CheckpointError, series
 from ..quantization.patterns import pattern
 from .fields import Fields
 from .files import read_config
@@ -68,12 +67,15 @@ class PeftConfig(Fields):
     def _patterns(self, field: str, read: Any) -> dict[str, Any]:
         values = Fields(self.object(field, {}), f"{field}.")
         for key in values.values:
-            try:
-                pattern(field, _at_end(key))
-            except CheckpointError as error:
-                reason = error.args[1].removeprefix("a regular expression")
-                raise self.error(field, f"names, or simple regular expressions{reason}", key) from None
+            self._check_pattern(field, key)
         return {key: read(values, key) for key in values.values}
+
+    def _check_pattern(self, field: str, key: str) -> None:
+        try:
+            pattern(field, _at_end(key))
+        except CheckpointError as error:
+            reason = error.args[1].removeprefix("a regular expression")
+            raise self.error(field, f"names, or simple regular expressions{reason}", key) from None
 
     def targets(self, parameter: str) -> bool:
         """Whether ``target_parameters`` names a parameter, by its whole name or by the end of it."""

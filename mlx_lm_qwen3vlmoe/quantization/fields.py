@@ -69,5 +69,9 @@ def check_fields(parts: Iterable[Part]) -> None:
 
 def objects(where: str, container: Any, known: Collection[str]) -> list[Part]:
     """The objects that are the values of an object, or of a list."""
-    items = container.items() if isinstance(container, dict) else enumerate(container if isinstance(container, list) else ())
+    items = (
+        container.items()
+        if isinstance(container, dict)
+        else enumerate(container if isinstance(container, list) else ())
+    )
     return [(f"{where}.{key}.".lstrip("."), fields, known) for key, fields in items if isinstance(fields, dict)]

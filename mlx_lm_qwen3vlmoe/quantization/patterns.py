@@ -75,8 +75,10 @@ def pattern(field: str, text: str) -> Pattern:
 
 def _check_length(name: str) -> None:
     if len(name) > _NAME:
-        expected, remedy = f"at most {_NAME} characters", "No module of this model type has such a name."
-        raise CheckpointError(name, expected, f"{len(name)} characters", remedy)
+        remedy = "No module of this model type has such a name. Is a file of another checkpoint in the folder?"
+        raise CheckpointError(
+            name, "a name that patterns of the description can be held against", "a longer one", remedy
+        )
 
 
 @functools.lru_cache(4096)
