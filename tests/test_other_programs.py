@@ -148,9 +148,7 @@ def test_without_the_program_one_error_names_the_tensor(strict):
     """The host would drop it without a word where it is not strict, as on several machines."""
     model, weights, _ = parameters()
     found = model.sanitize(weights | {f"{ATTENTION}.signs": mx.ones((7,))})
-    with pytest.raises(
-        CheckpointError, match=r"q_proj\.signs: MLX's layer has no such tensor.*the program that made it"
-    ):
+    with pytest.raises(CheckpointError, match=r"q_proj\.signs: .* found one of another program's layer"):
         model.load_weights(list(found.items()), strict=strict)
 
 

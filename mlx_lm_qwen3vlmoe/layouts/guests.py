@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import quantization
-from ..errors import CheckpointError, shortened
+from ..errors import CheckpointError
 from ..quantization.description import is_mlx_mode
 from .names import HEAD, MODEL_PREFIX, NUMBER, layer_and_suffix
 from .stacking import Layers
@@ -72,10 +72,12 @@ def check_taken(weights: Iterable[tuple[str, mx.array]], model: nn.Module, own: 
         module = modules.get(path)
         packed = "scales" in (module or {}) and not is_guest(module) and not is_mlx_mode(own.get("mode", "affine"))
         if packed or not _fits(module, name[len(path) + 1 :], array):
-            mode = f" (quantization in config.json has the mode {own['mode']!r})" if "mode" in own else ""
+            mode = f" (config.json: quantization: mode: {own['mode']})" if "mode" in own else ""
             raise CheckpointError(
-                f"{shortened(name)}: MLX's layer has no such tensor. It belongs to a layer of another program{mode}. "
-                "Load this checkpoint with the program that made it."
+                name,
+                "a tensor of MLX's own layer",
+                f"one of another program's layer{mode}",
+                "Load this checkpoint with the program that made it.",
             )
 
 
