@@ -74,6 +74,7 @@ class Model(nn.Module):
         self._others: set[str] = set()  # names of tensors that `sanitize` handed on to another program's layers
         text = args.text_config
         host.check_fields(text)
+        host.warn_of_images(args.model_type)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
         if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
             rope = initialize_rope(
