@@ -27,7 +27,7 @@ from typing import Any
 from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
-from .errors import FROM_ITS_MODEL, LARGEST, UNSUPPORTED, check_positive, config_error
+from .errors import CORRECT, LARGEST, UNSUPPORTED, USE_ITS_MODELS, check_positive, config_error
 from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,8 @@ def _check_sizes(text: dict[str, Any]) -> None:
         if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
             text[field] = text["hidden_size"] // text["num_attention_heads"]
         most = _MOST_LAYERS if field == "num_hidden_layers" else LARGEST
-        dense = "Is the model a dense Qwen3-VL? Its model_type is qwen3_vl. If not: " if field in _OF_EXPERTS else ""
-        check_positive(field, text.get(field), int, most, dense + FROM_ITS_MODEL)
+        dense = f"A dense Qwen3-VL has the model_type qwen3_vl. If this model has experts, {USE_ITS_MODELS}"
+        check_positive(field, text.get(field), int, most, dense if field in _OF_EXPERTS else CORRECT)
     heads = text["num_attention_heads"]
     if heads * text["head_dim"] > LARGEST:
         raise config_error("head_dim", f"at most {LARGEST} over all {heads} heads", text["head_dim"])
@@ -245,7 +245,7 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
         config["text_config"] = text
     if not isinstance(text, dict):
         expected = "an object with the fields of the language model"
-        raise config_error("text_config", expected, text, f"Is this a Qwen3-VL-MoE checkpoint? If so: {FROM_ITS_MODEL}")
+        raise config_error("text_config", expected, text, f"Is this a Qwen3-VL-MoE checkpoint? If so, {USE_ITS_MODELS}")
     return text
 
 

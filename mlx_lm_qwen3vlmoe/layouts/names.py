@@ -35,42 +35,32 @@ _PLURAL = re.compile(rf"\.experts\.(gate_up|down)_projs\.({NUMBER})\.")
 _FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))(?:_([a-z_]+))?")
 _NUMBERS = re.compile(rf"(?<=\.){NUMBER}(?=\.)")
 _MAIN = ("weight", "qweight", "weight_packed", "_weight_qdata", "W_q")  # what the other tensors of a layer belong to
-# What else is in the folders of checkpoints, and what to do. The last one fits any name.
-_STRANGERS = (
-    (
-        r"^base_model\.|\.base_layer\.|\.lora_[A-Z]|\.lora_\w+_[A-Z]|\.modules_to_save\.",
-        "one of a PEFT adapter that is not merged",
-        "Merge the adapter with PEFT (merge_and_unload), and save the model.",
+# What else files of checkpoints have: a pattern → what it is, and what to do. The last one fits any name.
+_STRANGERS = {
+    r"^base_model\.|\.(?:base_layer|modules_to_save)\.|\.lora_(?:\w*[A-Z]\b|magnitude)": (
+        "one of a PEFT adapter that is not merged. Merge the adapter with PEFT (merge_and_unload), and save the model."
     ),
-    (r"\.lora_[ab]$", "one of an mlx_lm adapter that is not fused", "Run mlx_lm.fuse."),
-    (r"(?:^|\.)v_head\.", "the value head of TRL", "Save the wrapped model (pretrained_model) without its value head."),
-    (
-        r"(?:^|\.)score\.",
-        "the head of a reward model or classifier",
-        "Such a model writes no text. Use the model that it was trained from.",
+    r"\.lora_[ab]$": "one of an mlx_lm adapter that is not fused. Run mlx_lm.fuse.",
+    r"(?:^|\.)v_head\.": "the value head of TRL. Save the wrapped model (pretrained_model) without its value head.",
+    r"(?:^|\.)score\.": (
+        "the head of a reward model or classifier. Such a model writes no text. Use the model that it was trained from."
     ),
-    (
-        r"(?:^|\.)(?:mtp|midlayer)\.|^fc\.|^(?:d2t|t2d)$",
-        "one of a draft model for speculative decoding",
-        "Save a copy of the checkpoint without the tensors of the draft model.",
+    r"(?:^|\.)(?:mtp|midlayer)\.|^fc\.|^(?:d2t|t2d)$": (
+        "one of a draft model for speculative decoding. Save a copy of the checkpoint without the draft model."
     ),
-    (
-        r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.",
-        "one of Qwen3-Omni",
-        "That is another model type, which this package does not load.",
+    r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.": (
+        "one of Qwen3-Omni. That is another model type, which this package does not load."
     ),
-    (r"(?:^|\.)_orig_mod\.", "a name by torch.compile", "Save the model that torch.compile has wrapped (_orig_mod)."),
-    (
-        r"\.bias$",
-        "a bias, which this model type does not have",
-        "Is config.json that of this checkpoint? If so, the model was changed, and this package does not load it.",
+    r"(?:^|\.)_orig_mod\.": "a name by torch.compile. Save the model that torch.compile has wrapped (_orig_mod).",
+    r"\.bias$": (
+        "a bias, which this model type does not have. Is config.json that of this checkpoint? If so, the model was "
+        "changed, and this package does not load it."
     ),
-    (
-        "",
-        "one that no known tool writes",
-        "Is config.json that of this checkpoint? If so, and if the model does not need it, save a copy without it.",
+    "": (
+        "one that no known tool writes. Is config.json that of this checkpoint? If so, and if the model does not need "
+        "it, save a copy without it."
     ),
-)
+}
 
 
 def host_name(name: str) -> str | None:
@@ -121,7 +111,7 @@ def tensor_name(path: str, suffix: str) -> str:
 
 def stranger(name: str) -> CheckpointError:
     """The error for a tensor that this model type does not have, by the tool that writes such tensors."""
-    what, remedy = next(rest for pattern, *rest in _STRANGERS if re.search(pattern, name))
+    what, _, remedy = next(text for pattern, text in _STRANGERS.items() if re.search(pattern, name)).partition(". ")
     return CheckpointError(name, "a tensor of a Qwen3-VL-MoE model", what, remedy)
 
 
