@@ -74,6 +74,7 @@ class Model(nn.Module):
         self._others: set[str] = set()  # names of tensors that `sanitize` handed on to another program's layers
         text = args.text_config
         host.check_fields(text)
+        host.warn_of_images(args.model_type)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
         if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
             rope = initialize_rope(
@@ -156,7 +157,7 @@ class Model(nn.Module):
             check_shapes(found, shapes, self.args.config.get("quantization") or {})
         found |= others
         self._others.update(others)
-        if others or shapes.keys() - found.keys():  # which `load_weights` may have to name
+        if others or shapes.keys() - found.keys():  # `load_weights` says what is missing, unless this is a part
             self.__dict__["_stored"] = tuple(weights)
         return found
 
@@ -167,9 +168,8 @@ class Model(nn.Module):
             others = [(name, array) for name, array in file_or_weights if name in self._others]
             with as_stored(stored):
                 check_taken(others, self, self.args.config.get("quantization") or {})
-        if strict and isinstance(file_or_weights, list):
-            with as_stored(stored):
-                check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
+                if strict:
+                    check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
         return super().load_weights(file_or_weights, strict=strict)
 
     @property

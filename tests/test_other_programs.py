@@ -193,6 +193,14 @@ def test_a_tensor_that_would_change_the_weight_is_still_refused(suffix):
         model.sanitize(weights | {f"{ATTENTION}.{suffix}": mx.ones((7,))})
 
 
+def test_what_is_unknown_beside_words_that_mlx_describes_is_still_refused():
+    """The host would make a layer of MLX's of what may not be one."""
+    model, weights, config = parameters(4)
+    model = Model(ModelArgs.from_dict(config))
+    with pytest.raises(CheckpointError, match="signs"):
+        model.sanitize(weights | {f"{ATTENTION}.signs": mx.ones((7,))})
+
+
 def test_what_is_unknown_beside_another_tools_format_is_still_refused():
     config = load_config(TINY) | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}
     weights = parameters()[1]

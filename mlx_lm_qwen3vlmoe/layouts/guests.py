@@ -2,7 +2,7 @@
 
 | told by                                                                 | for example                                |
 |-------------------------------------------------------------------------|--------------------------------------------|
-| a tensor of a layer that no format has                                  | ``codebook``, ``signs``; ``weight.raw``    |
+| a tensor that no format has, in a layer that MLX does not describe      | ``codebook``, ``signs``; ``weight.raw``    |
 | words and scales beside such a layer, and no description of them        | embeddings that MLX packed for the program |
 | words and scales where MLX's description names a mode that MLX lacks    | ``"mode": "turboquant"``                   |
 | a layer in the model that is not MLX's, whatever its tensors are called | layers that were put in before `sanitize`  |
@@ -44,8 +44,11 @@ def guests(layers: Layers, description: dict[str, Any], own: dict[str, Any]) -> 
     if description:
         return set()
     found = {path for path, tensors in layers.items() if any(_is_strange(suffix) for suffix in tensors)}
+    packed = {path for path, tensors in layers.items() if "scales" in tensors}
     if not is_mlx_mode(own.get("mode", "affine")) or (found and not own):
-        found |= {path for path, tensors in layers.items() if "scales" in tensors}
+        found |= packed
+    elif own:  # the host makes a layer of MLX's for these
+        found -= packed
     return {path for path in found if _LAYER.fullmatch(path)}
 
 
