@@ -29,6 +29,7 @@ from mlx_lm.models.base import BaseModelArgs
 from . import quantization
 from .errors import CORRECT, LARGEST, UNSUPPORTED, USE_ITS_MODELS, check_positive, config_error
 from .fields.nesting import DEFAULTS, REQUIRED, nested
+from .fields.unread import report_unread
 from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class ModelArgs(BaseModelArgs):
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tie = tied(params)
         text_config = normalize(params)
+        report_unread(text_config)
         foreign = foreign_quantization(params)
         settle_quantization(params)
         return cls(
@@ -136,6 +138,8 @@ def _check_supported(text: dict[str, Any]) -> None:
         raise config_error("attention_bias", "false", text["attention_bias"], UNSUPPORTED)
     if text["hidden_act"] not in ("silu", "swish"):
         raise config_error("hidden_act", '"silu"', text["hidden_act"], UNSUPPORTED)
+    if layers := text.get("per_layer_config"):
+        raise config_error("per_layer_config", "nothing, as all layers are alike", layers, UNSUPPORTED)
     if text.get("norm_topk_prob") is False:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True

@@ -20,12 +20,13 @@ import mlx.core as mx
 
 from .config import ModelArgs, axes
 from .errors import MISSING_FILE, CheckpointError, MissingTensorError, beyond, differing, shape_error
-from .layouts.decoder import Decoder
+from .layouts.decoder import ROUTER_BIAS, Decoder
 from .layouts.experts import check_orientations, gather
 from .layouts.guests import guests
+from .layouts.merged import cut_merged, refuse_merged
 from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, as_stored, host_name, layer_and_suffix, stranger
 from .layouts.stacking import Layers, Part
-from .quantization import Decoded, Parameters
+from .quantization import CAST, IGNORED, Decoded, Parameters, is_cast
 from .quantization.checks import check_packed
 from .quantization.description import record_quantization
 
@@ -44,9 +45,10 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     """Rename, decode, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
 
     Lazy and idempotent: no array is evaluated but the order of inputs in act-order, of which a wrong number would read
-    memory of somebody else. Takes any part of a checkpoint, ``{}`` too; one with all layers must be complete. Layers
-    that stay packed are described under ``quantization`` in the live config, where the host looks next. Layers of other
-    programs are handed on as they are, see `layouts.guests`.
+    memory of somebody else, and a bias of the router's choices, which has to be zero. Takes any part of a checkpoint,
+    ``{}`` too; one with all layers must be complete. Layers that stay packed are described under ``quantization`` in
+    the live config, where the host looks next. Layers of other programs are handed on as they are, see
+    `layouts.guests`.
 
     Args:
         weights: names as any writer gives them → arrays; left as it is.
@@ -93,6 +95,7 @@ def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:
         args: its config.
     """
     others, found = gather(by_layer(rename(stored)))
+    refuse_merged(others)
     parts = {path: Part((path,)) for path in others}
     for experts in found:
         parts |= experts.parts(args.text_config)
@@ -123,7 +126,8 @@ def rename(weights: dict[str, T]) -> dict[str, T]:
 def restore_names(parts: dict[str, Part], names: Iterable[str]) -> dict[str, Part]:
     """The inverse of `rename`, by the names that were there: parts by the host's paths → by stored names."""
     targets = {name: host_name(name) for name in names}
-    return {name: parts[layer_and_suffix(target)[0]] for name, target in targets.items() if target is not None}
+    found = {name: layer_and_suffix(target) for name, target in targets.items() if target is not None}
+    return {name: parts[path] for name, (path, suffix) in found.items() if suffix not in (ROUTER_BIAS, *IGNORED)}
 
 
 def by_layer(weights: dict[str, T]) -> dict[str, dict[str, T]]:
@@ -141,8 +145,12 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
     A layer without all of its tensors is an error in a complete checkpoint. In a part of one (a stage of a pipeline
     reads files, which end in the middle of a layer) it is left out.
     """
-    decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config)
-    others, found = gather(layers)
+    own = args.config.get("quantization") or {}
+    description = args.quantization_config
+    if not description and not own and is_cast(layers):
+        description = CAST
+    decoder = Decoder(description, own, args.text_config)
+    others, found = gather(cut_merged(layers, args.text_config))
     check_orientations(found, args.text_config)
     decoded: dict[str, Decoded] = {}
     excused = () if complete else (MissingTensorError,)

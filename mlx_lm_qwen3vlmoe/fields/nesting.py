@@ -44,7 +44,13 @@ DEFAULTS = {  # the same in transformers 4.57 and 5
 _ROPE = ("rope_theta", "rope_scaling")
 _FREE = ("max_position_embeddings", "norm_topk_prob", "num_experts_per_tok", "rms_norm_eps", *_ROPE)
 _USED = {*REQUIRED, *DEFAULTS, *_FREE, "head_dim", "num_local_experts", "rope_parameters"} - {"model_type"}
-_TEXT_FIELDS = _USED | {"attention_dropout", "initializer_range", "router_aux_loss_coef", "use_cache"}
+TEXT_FIELDS = _USED | {
+    "attention_dropout",
+    "initializer_range",
+    "per_layer_config",
+    "router_aux_loss_coef",
+    "use_cache",
+}
 _OF_TRANSFORMERS = {"rope_theta": 10000.0, "rope_type": "default"}  # what its class fills in for any model
 
 
@@ -54,7 +60,7 @@ def nested(config: dict[str, Any]) -> dict[str, Any]:
         config["model_type"] = "qwen3_vl_moe"
     text = config.get("text_config")
     if (text is None or _is_partial(text)) and "hidden_size" in config:
-        gathered = {field: config.pop(field) for field in sorted(_TEXT_FIELDS & config.keys())}
+        gathered = {field: config.pop(field) for field in sorted(TEXT_FIELDS & config.keys())}
         text = config["text_config"] = gathered | (text or {})
     if not isinstance(text, dict):
         expected = "an object with the fields of the language model"

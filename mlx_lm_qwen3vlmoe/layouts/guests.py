@@ -22,11 +22,12 @@ import mlx.nn as nn
 from .. import quantization
 from ..errors import CheckpointError, shown
 from ..quantization.description import is_mlx_mode
+from .decoder import ROUTER_BIAS
 from .names import HEAD, MODEL_PREFIX, NUMBER, layer_and_suffix
 from .stacking import Layers
 
 # Of MLX's own layers, of adapters, and one that the model has none of: a tensor with such a name is refused or taken.
-_KNOWN = {"weight", "scales", "biases", "global_scale", "bias", "lora_a", "lora_b", "m"}
+_KNOWN = {"weight", "scales", "biases", "global_scale", "bias", ROUTER_BIAS, "lora_a", "lora_b", "m"}
 _LAYER = re.compile(
     rf"{re.escape(HEAD)}|{re.escape(MODEL_PREFIX)}(?:embed_tokens|norm|layers\.{NUMBER}\.(?:"
     r"input_layernorm|post_attention_layernorm|self_attn\.(?:[qkvo]_proj|[qk]_norm)|mlp\."
