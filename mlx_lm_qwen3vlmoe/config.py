@@ -28,7 +28,8 @@ from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
 from .errors import CORRECT, LARGEST, UNSUPPORTED, USE_ITS_MODELS, check_positive, config_error
-from .fields.nesting import DEFAULTS, REQUIRED, TEXT_FIELDS, nested
+from .fields.nesting import DEFAULTS, REQUIRED, nested
+from .fields.unread import report_unread
 from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,6 @@ _MOST_LAYERS = 1000  # making a layer takes half a millisecond, before any tenso
 _HEADLESS = "Qwen3VLMoeTextModel"  # the class of the backbone, the only one of its type in transformers
 _OF_EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 SIZES = (*(field for field in REQUIRED if field != "num_experts_per_tok"), "head_dim")  # of tensors
-# Of all model types in transformers 5.24, of training, or looked at elsewhere.
-_HARMLESS = {
-    *("chunk_size_feed_forward", "experts_implementation", "max_window_layers", "mrope_interleaved", "mrope_section"),
-    *("output_attentions", "output_router_logits", "partial_rotary_factor", "rope_type", "router_jitter_noise"),
-}
-_MEANINGFUL = re.compile(  # names of fields that change the numbers of other models
-    r"scal|cap|sliding|window|chunk|rout|expert|topk|top_k|bias|norm|multiplier|activation|_act$|temperature|residual|"
-    r"rotary|rope|layer_types|attention|softmax|sink|per_layer|share"
-)
 
 
 @dataclasses.dataclass
@@ -74,7 +66,7 @@ class ModelArgs(BaseModelArgs):
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tie = tied(params)
         text_config = normalize(params)
-        _report_unread(text_config)
+        report_unread(text_config)
         foreign = foreign_quantization(params)
         settle_quantization(params)
         return cls(
@@ -151,20 +143,6 @@ def _check_supported(text: dict[str, Any]) -> None:
     if text.get("norm_topk_prob") is False:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True
-
-
-def _report_unread(text: dict[str, Any]) -> None:
-    """Log once which fields sound like changing the numbers, although nobody reads them in this model type."""
-    unread = []
-    for field in sorted(text.keys() - TEXT_FIELDS - DEFAULTS.keys() - _HARMLESS):
-        value = text[field]
-        neutral = value in (None, 0, [], {}, "") or (type(value) is float and value == 1)
-        if field == "layer_types" and isinstance(value, list):
-            neutral = all(each == "full_attention" for each in value)
-        if _MEANINGFUL.search(field) and not neutral and not field.startswith("_"):
-            unread.append(field)
-    if unread:
-        logger.warning("config.json: %s: neither transformers nor this package reads this here", ", ".join(unread))
 
 
 def _name_dtype(config: dict[str, Any], text: dict[str, Any]) -> None:

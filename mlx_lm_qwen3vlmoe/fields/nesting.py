@@ -44,7 +44,13 @@ DEFAULTS = {  # the same in transformers 4.57 and 5
 _ROPE = ("rope_theta", "rope_scaling")
 _FREE = ("max_position_embeddings", "norm_topk_prob", "num_experts_per_tok", "rms_norm_eps", *_ROPE)
 _USED = {*REQUIRED, *DEFAULTS, *_FREE, "head_dim", "num_local_experts", "rope_parameters"} - {"model_type"}
-TEXT_FIELDS = _USED | {"attention_dropout", "initializer_range", "per_layer_config", "router_aux_loss_coef", "use_cache"}
+TEXT_FIELDS = _USED | {
+    "attention_dropout",
+    "initializer_range",
+    "per_layer_config",
+    "router_aux_loss_coef",
+    "use_cache",
+}
 _OF_TRANSFORMERS = {"rope_theta": 10000.0, "rope_type": "default"}  # what its class fills in for any model
 
 
