@@ -26,7 +26,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from . import __version__
 from .config import ModelArgs
 from .errors import CheckpointError, HostError
-from .runtime import backend, lazy, parallel
+from .runtime import backend, cpu, lazy, parallel
 from .sanitize import check_shapes, sanitize
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Model(nn.Module):
             rope.mscale = text["rope_scaling"].get("attention_factor", rope.mscale)
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
-        backend.adapt(self.language_model)
+        cpu.adapt(self.language_model)
         lazy.Turns().take(self.language_model)
         if hasattr(self.model, "pipeline"):
             self.model.pipeline = Pipeline(self.model)
@@ -114,7 +114,7 @@ class Model(nn.Module):
             if backend.widens(decoder) or getattr(getattr(decoder, "pipeline", None), "widens", False):
                 h = decoder.embed_tokens(inputs) if input_embeddings is None else input_embeddings
                 input_embeddings = h.astype(mx.float32)  # and so is all that follows
-            return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
+            return cpu.spread(self.language_model)(inputs, cache=cache, input_embeddings=input_embeddings)
 
     else:
 
@@ -123,7 +123,7 @@ class Model(nn.Module):
             if others:
                 raise TypeError(f"{', '.join(others)}: input_embeddings needs mlx-lm 0.28.3 or newer")
             self._refuse_images(inputs, cache)
-            return self.language_model(inputs, cache=cache)
+            return cpu.spread(self.language_model)(inputs, cache=cache)
 
     def _refuse_images(self, inputs: mx.array, cache: Any) -> None:
         """Raise `ValueError` for a prompt with an image: ``<|vision_start|>`` and a placeholder after it.
