@@ -23,7 +23,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from .config import ModelArgs
 from .layouts.guests import check_taken, is_guest
 from .layouts.names import as_stored
-from .runtime import backend, host, images, lazy, parallel
+from .runtime import backend, cpu, host, images, lazy, parallel
 from .sanitize import check_complete, check_shapes, sanitize_beside
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Model(nn.Module):
             rope.mscale = text["rope_scaling"].get("attention_factor", rope.mscale)
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
-        backend.adapt(self.language_model)
+        cpu.adapt(self.language_model)
         lazy.quantize_in_turn(self.language_model)
         if host.PIPELINE:
             self.model.pipeline = Pipeline(self.model)
@@ -102,7 +102,7 @@ class Model(nn.Module):
             h = decoder.embed_tokens(inputs) if input_embeddings is None else input_embeddings
             input_embeddings = h.astype(mx.float32)  # and so is all that follows
         embeddings = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
-        return self.language_model(inputs, cache=cache, **embeddings)
+        return cpu.spread(self.language_model)(inputs, cache=cache, **embeddings)
 
     def train(self, mode: bool = True) -> Model:
         """As the host's; images in the training data are told of."""
