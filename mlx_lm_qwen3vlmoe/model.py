@@ -74,6 +74,7 @@ class Model(nn.Module):
         self._others: set[str] = set()  # names of tensors that `sanitize` handed on to another program's layers
         text = args.text_config
         host.check_fields(text)
+        host.warn_of_images(args.model_type)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
         if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
             rope = initialize_rope(
@@ -156,7 +157,7 @@ class Model(nn.Module):
             check_shapes(found, shapes, self.args.config.get("quantization") or {})
         found |= others
         self._others.update(others)
-        if shapes.keys() - found.keys():  # in a part of a checkpoint, or else `load_weights` says what is missing
+        if others or shapes.keys() - found.keys():  # `load_weights` says what is missing, unless this is a part
             self.__dict__["_stored"] = tuple(weights)
         return found
 
@@ -165,10 +166,10 @@ class Model(nn.Module):
         stored = self.__dict__.pop("_stored", ())
         if isinstance(file_or_weights, list):
             others = [(name, array) for name, array in file_or_weights if name in self._others]
-            check_taken(others, self, self.args.config.get("quantization") or {})
-        if strict and isinstance(file_or_weights, list):
             with as_stored(stored):
-                check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
+                check_taken(others, self, self.args.config.get("quantization") or {})
+                if strict:
+                    check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
         return super().load_weights(file_or_weights, strict=strict)
 
     @property

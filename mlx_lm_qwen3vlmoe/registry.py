@@ -218,7 +218,7 @@ class Finder:
             module = plugin.load()
         except PluginError:
             importing = _importing(plugin.value.strip().partition(".")[0])
-            if importing is None or len(self._resolving) > 1 or _hosts_code(plugin.model_type) is None:
+            if importing is None or len(self._resolving) > 1 or hosts_code(plugin.model_type) is None:
                 self._set_aside(fullname)
                 raise
             # The plug-in is being imported by its own name, and half of it is there: it extends the host's.
@@ -226,7 +226,7 @@ class Finder:
             return importlib.import_module(fullname)
         finally:
             self._resolving.discard(fullname)
-        code = _hosts_code(plugin.model_type)
+        code = hosts_code(plugin.model_type)
         if code and "__getattr__" not in vars(module):
             self._name_the_plugin(plugin, module, code.co_names)
         return module
@@ -291,7 +291,7 @@ def _warn(message: str) -> None:
         logging.getLogger(__name__).warning(message)
 
 
-def _hosts_code(model_type: str) -> "CodeType | None":
+def hosts_code(model_type: str) -> "CodeType | None":
     """What the host's own module of a name would run, which is not run: read from its source, bytecode or zip.
 
     None where the host has no such module, shows no code of it (a frozen application), or is not imported yet.
@@ -309,7 +309,7 @@ def _hosts_code(model_type: str) -> "CodeType | None":
 
 def _is_helper(name: str) -> bool:
     """Whether the host has a module of this name that is no model, as it defines and imports no such classes."""
-    code = _hosts_code(name)
+    code = hosts_code(name)
     return code is not None and not {"Model", "ModelArgs"} <= {*code.co_names} and ("*",) not in code.co_consts
 
 

@@ -149,7 +149,7 @@ def test_without_the_program_one_error_names_the_tensor(strict):
     model, weights, _ = parameters()
     found = model.sanitize(weights | {f"{ATTENTION}.signs": mx.ones((7,))})
     with pytest.raises(
-        CheckpointError, match=r"q_proj\.signs: MLX's layer has no such tensor.*the program that made it"
+        CheckpointError, match=r"q_proj\.signs: expected a tensor of MLX's layer.*the program that made it"
     ):
         model.load_weights(list(found.items()), strict=strict)
 
@@ -191,6 +191,14 @@ def test_a_tensor_that_would_change_the_weight_is_still_refused(suffix):
     model, weights, _ = parameters()
     with pytest.raises(CheckpointError, match=suffix):
         model.sanitize(weights | {f"{ATTENTION}.{suffix}": mx.ones((7,))})
+
+
+def test_what_is_unknown_beside_words_that_mlx_describes_is_still_refused():
+    """The host would make a layer of MLX's of what may not be one."""
+    model, weights, config = parameters(4)
+    model = Model(ModelArgs.from_dict(config))
+    with pytest.raises(CheckpointError, match="signs"):
+        model.sanitize(weights | {f"{ATTENTION}.signs": mx.ones((7,))})
 
 
 def test_what_is_unknown_beside_another_tools_format_is_still_refused():

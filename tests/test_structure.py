@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mlx_lm_qwen3vlmoe"
 FLOORS = (  # from the ground: a folder, or a module of the root, imports from the floors below its own alone
     ("__init__", "errors", "registry"),
     ("runtime",),
-    ("discovery", "quantization"),
+    ("discovery", "fields", "quantization"),
     ("config",),
     ("layouts",),
     ("files", "sanitize"),

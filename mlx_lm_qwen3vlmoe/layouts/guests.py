@@ -2,7 +2,7 @@
 
 | told by                                                                 | for example                                |
 |-------------------------------------------------------------------------|--------------------------------------------|
-| a tensor of a layer that no format has                                  | ``codebook``, ``signs``; ``weight.raw``    |
+| a tensor that no format has, in a layer that MLX does not describe      | ``codebook``, ``signs``; ``weight.raw``    |
 | words and scales beside such a layer, and no description of them        | embeddings that MLX packed for the program |
 | words and scales where MLX's description names a mode that MLX lacks    | ``"mode": "turboquant"``                   |
 | a layer in the model that is not MLX's, whatever its tensors are called | layers that were put in before `sanitize`  |
@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import quantization
-from ..errors import CheckpointError, shortened
+from ..errors import CheckpointError, shown
 from ..quantization.description import is_mlx_mode
 from .decoder import ROUTER_BIAS
 from .names import HEAD, MODEL_PREFIX, NUMBER, layer_and_suffix
@@ -45,8 +45,11 @@ def guests(layers: Layers, description: dict[str, Any], own: dict[str, Any]) -> 
     if description:
         return set()
     found = {path for path, tensors in layers.items() if any(_is_strange(suffix) for suffix in tensors)}
+    packed = {path for path, tensors in layers.items() if "scales" in tensors}
     if not is_mlx_mode(own.get("mode", "affine")) or (found and not own):
-        found |= {path for path, tensors in layers.items() if "scales" in tensors}
+        found |= packed
+    elif own:  # the host makes a layer of MLX's for these
+        found -= packed
     return {path for path in found if _LAYER.fullmatch(path)}
 
 
@@ -73,11 +76,10 @@ def check_taken(weights: Iterable[tuple[str, mx.array]], model: nn.Module, own: 
         module = modules.get(path)
         packed = "scales" in (module or {}) and not is_guest(module) and not is_mlx_mode(own.get("mode", "affine"))
         if packed or not _fits(module, name[len(path) + 1 :], array):
-            mode = f" (quantization in config.json has the mode {own['mode']!r})" if "mode" in own else ""
-            raise CheckpointError(
-                f"{shortened(name)}: MLX's layer has no such tensor. It belongs to a layer of another program{mode}. "
-                "Load this checkpoint with the program that made it."
-            )
+            mode = f" (quantization in config.json has the mode {shown(own['mode'])})" if "mode" in own else ""
+            found = f"one of another program's layer{mode}"
+            remedy = "Load this checkpoint with the program that made it."
+            raise CheckpointError(name, "a tensor of MLX's layer", found, remedy)
 
 
 def _fits(module: Any, suffix: str, array: mx.array) -> bool:
