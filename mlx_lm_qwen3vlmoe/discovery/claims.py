@@ -10,6 +10,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 from .. import __version__, registry
+from ..errors import config_error
 
 NAME = "mlx-lm-qwen3vlmoe"
 PACKAGE = __package__.rpartition(".")[0]
@@ -43,3 +44,18 @@ def own_module(model_type: object) -> str | None:
         return None
     name = getattr(utils, "MODEL_REMAPPING", {}).get(model_type, model_type)
     return name if PathFinder.find_spec(f"{registry.GROUP}.{name}", mlx_lm.models.__path__) else None
+
+
+def check_classes(config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` for ``architectures`` that the host cannot read, or by which it loads another type."""
+    from mlx_lm import utils
+
+    classes = config.get("architectures")
+    try:
+        utils._get_classes({"model_type": "qwen3_moe", "architectures": classes})
+    except TypeError:
+        raise config_error("architectures", "a list of names", classes) from None
+    renamed: dict[Any, str] = getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {})
+    for name in [classes] if isinstance(classes, str) else classes or ():
+        if other := renamed.get((config["model_type"], name)):
+            raise config_error("architectures", f"no class that mlx-lm loads as {other}", classes)
