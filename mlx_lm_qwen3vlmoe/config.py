@@ -27,49 +27,17 @@ from typing import Any
 from mlx_lm.models.base import BaseModelArgs
 
 from . import quantization
-from .errors import FROM_ITS_MODEL, LARGEST, UNSUPPORTED, check_positive, config_error
+from .errors import CORRECT, LARGEST, UNSUPPORTED, USE_ITS_MODELS, check_positive, config_error
+from .fields.nesting import DEFAULTS, REQUIRED, nested
+from .fields.unread import report_unread
 from .quantization.description import foreign_quantization, settle_quantization
 
 logger = logging.getLogger(__name__)
 
 _MOST_LAYERS = 1000  # making a layer takes half a millisecond, before any tensor can contradict the number
 _HEADLESS = "Qwen3VLMoeTextModel"  # the class of the backbone, the only one of its type in transformers
-_REQUIRED = (  # sizes without a default that every writer shares
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "vocab_size",
-)
 _OF_EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
-SIZES = (*(field for field in _REQUIRED if field != "num_experts_per_tok"), "head_dim")  # of tensors
-_DEFAULTS = {  # the same in transformers 4.57 and 5
-    "model_type": "qwen3_vl_moe_text",
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "hidden_act": "silu",
-    "max_position_embeddings": 128000,
-    "mlp_only_layers": [],
-    "rms_norm_eps": 1e-6,
-}
-_TEXT_FIELDS = {
-    *_REQUIRED,
-    *_DEFAULTS,
-    "attention_dropout",
-    "head_dim",
-    "initializer_range",
-    "norm_topk_prob",
-    "num_local_experts",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "router_aux_loss_coef",
-    "use_cache",
-} - {"model_type"}
+SIZES = (*(field for field in REQUIRED if field != "num_experts_per_tok"), "head_dim")  # of tensors
 
 
 @dataclasses.dataclass
@@ -98,6 +66,7 @@ class ModelArgs(BaseModelArgs):
         """Normalize a config **in place** and take what the model needs of it; raises `CheckpointError`."""
         tie = tied(params)
         text_config = normalize(params)
+        report_unread(text_config)
         foreign = foreign_quantization(params)
         settle_quantization(params)
         return cls(
@@ -114,9 +83,9 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns the text config. Idempotent. Raises `CheckpointError` for a field that is missing or of no use here.
     """
-    text = _nested(config)
+    text = nested(config)
     _name_experts(text)
-    for field, default in _DEFAULTS.items():
+    for field, default in DEFAULTS.items():
         if text.get(field) is None:
             text[field] = list(default) if isinstance(default, list) else default
     _check_sizes(text)
@@ -140,12 +109,12 @@ def _name_experts(text: dict[str, Any]) -> None:
 
 def _check_sizes(text: dict[str, Any]) -> None:
     """Every size is one that an axis can have, and they fit each other."""
-    for field in (*_REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
+    for field in (*REQUIRED, "head_dim", "decoder_sparse_step", "max_position_embeddings"):
         if field == "head_dim" and text.get(field) is None:  # the sizes before it have been checked
             text[field] = text["hidden_size"] // text["num_attention_heads"]
         most = _MOST_LAYERS if field == "num_hidden_layers" else LARGEST
-        dense = "Is the model a dense Qwen3-VL? Its model_type is qwen3_vl. If not: " if field in _OF_EXPERTS else ""
-        check_positive(field, text.get(field), int, most, dense + FROM_ITS_MODEL)
+        dense = f"A dense Qwen3-VL has the model_type qwen3_vl. If this model has experts, {USE_ITS_MODELS}"
+        check_positive(field, text.get(field), int, most, dense if field in _OF_EXPERTS else CORRECT)
     heads = text["num_attention_heads"]
     if heads * text["head_dim"] > LARGEST:
         raise config_error("head_dim", f"at most {LARGEST} over all {heads} heads", text["head_dim"])
@@ -169,6 +138,8 @@ def _check_supported(text: dict[str, Any]) -> None:
         raise config_error("attention_bias", "false", text["attention_bias"], UNSUPPORTED)
     if text["hidden_act"] not in ("silu", "swish"):
         raise config_error("hidden_act", '"silu"', text["hidden_act"], UNSUPPORTED)
+    if layers := text.get("per_layer_config"):
+        raise config_error("per_layer_config", "nothing, as all layers are alike", layers, UNSUPPORTED)
     if text.get("norm_topk_prob") is False:
         logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
     text["norm_topk_prob"] = True
@@ -233,20 +204,6 @@ def tied(config: dict[str, Any]) -> bool | None:
         if isinstance(classes, list) and _HEADLESS in classes:
             return None
     return True if True in flags else False if False in flags else None
-
-
-def _nested(config: dict[str, Any]) -> dict[str, Any]:
-    """``config["text_config"]``, gathered from the top level where a writer lost the nesting."""
-    if config.get("model_type") == "qwen3_vl_moe_text":  # the text model alone, a type that the host does not have
-        config["model_type"] = "qwen3_vl_moe"
-    text = config.get("text_config")
-    if text is None and "hidden_size" in config:
-        text = {field: config.pop(field) for field in sorted(_TEXT_FIELDS & config.keys())}
-        config["text_config"] = text
-    if not isinstance(text, dict):
-        expected = "an object with the fields of the language model"
-        raise config_error("text_config", expected, text, f"Is this a Qwen3-VL-MoE checkpoint? If so: {FROM_ITS_MODEL}")
-    return text
 
 
 def _transformers(config: dict[str, Any]) -> int | None:

@@ -9,7 +9,8 @@ from typing import Any
 from .terminal import printable
 
 LARGEST = 2**31 - 1  # an axis of an MLX array, which holds nothing before it is loaded
-FROM_ITS_MODEL = "Correct it, or use the config.json of the model that this checkpoint was made from."
+USE_ITS_MODELS = "use the config.json of the model that this checkpoint was made from."
+CORRECT = f"Correct it, or {USE_ITS_MODELS}"
 UNSUPPORTED = "If the model has this, mlx-lm's qwen3_moe cannot run it, nor can this package."
 DAMAGED = "If so, this tensor is damaged: download its file again."
 MISSING_FILE = "Is a file of the checkpoint missing?"
@@ -99,7 +100,7 @@ def differing(fields: Sequence[str], shape: Sequence[int], found: Sequence[int])
 
 
 def check_positive(
-    field: str, value: Any, kind: type[int] | type[float] = float, most: int = LARGEST, remedy: str = FROM_ITS_MODEL
+    field: str, value: Any, kind: type[int] | type[float] = float, most: int = LARGEST, remedy: str = CORRECT
 ) -> None:
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 1e-30:
         raise config_error(field, "a positive integer" if kind is int else "a positive number", value, remedy)
@@ -107,7 +108,7 @@ def check_positive(
         raise config_error(field, f"at most {most}", value)
 
 
-def config_error(field: str, expected: str, found: object, remedy: str = FROM_ITS_MODEL) -> CheckpointError:
+def config_error(field: str, expected: str, found: object, remedy: str = CORRECT) -> CheckpointError:
     return CheckpointError(f"config.json: {field}", expected, shown(found), remedy)
 
 

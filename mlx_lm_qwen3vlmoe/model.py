@@ -21,9 +21,10 @@ from mlx_lm.models.qwen3_moe import Qwen3MoeModel
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
+from .layouts.guests import check_taken, is_guest
 from .layouts.names import as_stored
 from .runtime import backend, host, lazy, parallel
-from .sanitize import check_complete, check_shapes, sanitize
+from .sanitize import check_complete, check_shapes, sanitize_beside
 
 logger = logging.getLogger(__name__)
 __all__ = ["Model", "ModelArgs"]  # what the entry point promises
@@ -70,8 +71,10 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
+        self._others: set[str] = set()  # names of tensors that `sanitize` handed on to another program's layers
         text = args.text_config
         host.check_fields(text)
+        host.warn_of_images(args.model_type)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
         if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
             rope = initialize_rope(
@@ -143,30 +146,48 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The tensors of a checkpoint, lazily, under the names and in the shapes of this model."""
-        found = sanitize(weights, self.args)
-        modules = {path for path, _ in self.named_modules()}
+        modules = dict(self.named_modules())
+        replaced = {path for path, module in modules.items() if is_guest(module)}
+        found, others = sanitize_beside(weights, self.args, replaced)
         for name in found:
             if (path := name.rpartition(".")[0]) not in modules:
                 raise host.unfit(f"its qwen3_moe has no {path}")
         shapes = {name: array.shape for name, array in dict(tree_flatten(self.parameters())).items()}
         with as_stored(weights):
             check_shapes(found, shapes, self.args.config.get("quantization") or {})
-        if shapes.keys() - found.keys():  # in a part of a checkpoint, or else `load_weights` says what is missing
+        found |= others
+        self._others.update(others)
+        if others or shapes.keys() - found.keys():  # `load_weights` says what is missing, unless this is a part
             self.__dict__["_stored"] = tuple(weights)
         return found
 
     def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
-        """As the host's, with one error that names what a checkpoint lacks."""
+        """As the host's, with one error that names what a checkpoint lacks, or what is of another program's layers."""
         stored = self.__dict__.pop("_stored", ())
-        if strict and isinstance(file_or_weights, list):
+        if isinstance(file_or_weights, list):
+            others = [(name, array) for name, array in file_or_weights if name in self._others]
             with as_stored(stored):
-                check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
+                check_taken(others, self, self.args.config.get("quantization") or {})
+                if strict:
+                    check_complete({name for name, _ in file_or_weights}, dict(tree_flatten(self.parameters())))
         return super().load_weights(file_or_weights, strict=strict)
 
     @property
     def model(self) -> nn.Module:
         """The decoder, where `mlx_lm.utils.sharded_load` looks for ``pipeline``."""
         return self.language_model.model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The head. Programs take a model with a ``model`` and no ``lm_head`` for one whose head is the embeddings."""
+        return self.language_model.lm_head
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``model.lm_head = …`` replaces the head, as in the host's ``qwen3_moe``, where it is stored."""
+        if name in ("model", "lm_head"):
+            setattr(self.language_model, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -18,7 +18,7 @@ import sys
 
 TYPE_CHECKING = False  # this runs at every interpreter start: not even typing or __future__ is imported
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from importlib.machinery import ModuleSpec
     from types import CodeType, ModuleType
     from typing import Any
@@ -113,16 +113,17 @@ class Scan:
 
     def _distributions(self) -> "list[Any]":
         """All that is installed; nothing, with a warning, where that cannot be listed."""
-        try:
-            import importlib_metadata as metadata
-        except ImportError:  # installed without dependencies
-            from importlib import metadata  # type: ignore[no-redef]
-        try:
-            return list(metadata.distributions())
-        except Exception as e:  # a broken finder of somebody else's
-            self.skipped[EVERYTHING] = f"distributions cannot be listed: {type(e).__name__}: {e}"
-            _warn(f"No plug-in is found, and mlx-lm's own models serve: {self.skipped[EVERYTHING]}")
-            return []
+        import importlib
+
+        why = ""
+        for name in ("importlib_metadata", "importlib.metadata"):  # the first may be missing, or broken
+            try:
+                return list(importlib.import_module(name).distributions())
+            except (Exception, SystemExit) as e:  # noqa: PERF203 - of both: a broken finder of another package
+                why = f"distributions cannot be listed: {type(e).__name__}: {e}"
+        self.skipped[EVERYTHING] = why
+        _warn(f"No plug-in is found, and mlx-lm's own models serve: {why}")
+        return []
 
     def _claims(self, distribution: "Any") -> "Iterator[Plugin]":
         """The claims of one distribution, unless it is unreadable, not allowed, or behind another of its name."""
@@ -171,6 +172,7 @@ class Finder:
         self.own = own
         self._scan: Scan | None = None
         self._resolving: set[str] = set()
+        self._hosts: dict[str, ModuleType] = {}  # modules of the host's that plug-ins extend, by the name they had
 
     @property
     def scan(self) -> Scan:
@@ -203,52 +205,74 @@ class Finder:
             return None
         from importlib.machinery import ModuleSpec
 
-        return ModuleSpec(fullname, Alias(plugin, fullname, self._resolving), origin=plugin.value)  # type: ignore[arg-type]
+        return ModuleSpec(fullname, Alias(lambda: self._load(plugin, fullname)), origin=plugin.value)  # type: ignore[arg-type]
 
+    def _load(self, plugin: Plugin, fullname: str) -> "ModuleType":
+        """The plug-in's module. It may extend the host's of the same name: meanwhile, the name means the host's."""
+        import importlib
 
-class Alias:
-    """A loader that puts a plug-in's own module under the host's name for it: one module object, run once."""
-
-    def __init__(self, plugin: Plugin, fullname: str, resolving: set[str]):
-        self.plugin = plugin
-        self.fullname = fullname
-        self.resolving = resolving
-
-    own_spec: "ModuleSpec | None" = None
-
-    def create_module(self, spec: "ModuleSpec") -> "ModuleType":
-        # A plug-in that extends the host's module of the same name imports that one, not itself.
-        self.resolving.add(self.fullname)
+        if fullname in self._hosts:
+            sys.modules[fullname] = self._hosts[fullname]
+        self._resolving.add(fullname)
         try:
-            module = self.plugin.load()
+            module = plugin.load()
+        except PluginError:
+            importing = _importing(plugin.value.strip().partition(".")[0])
+            if importing is None or len(self._resolving) > 1 or hosts_code(plugin.model_type) is None:
+                self._set_aside(fullname)
+                raise
+            # The plug-in is being imported by its own name, and half of it is there: it extends the host's.
+            _when_imported(importing, lambda: self._set_aside(fullname))
+            return importlib.import_module(fullname)
         finally:
-            self.resolving.discard(self.fullname)
-        self.own_spec = getattr(module, "__spec__", None)
+            self._resolving.discard(fullname)
+        code = hosts_code(plugin.model_type)
+        if code and "__getattr__" not in vars(module):
+            self._name_the_plugin(plugin, module, code.co_names)
         return module
 
-    def exec_module(self, module: "ModuleType") -> None:
-        # The import system has just put the alias's spec on the module, which was loaded under its own.
-        module.__spec__ = self.own_spec
-        code = _hosts_code(self.plugin.model_type)
-        if code and "__getattr__" not in vars(module):
-            self._name_the_plugin(module, code.co_names)
+    def _set_aside(self, fullname: str) -> None:
+        """Take the host's module off a name that is a plug-in's, and keep it for that one to extend."""
+        host, parent = sys.modules.pop(fullname, None), sys.modules.get(GROUP)
+        if host is not None:
+            self._hosts[fullname] = host
+            if getattr(parent, fullname[len(GROUP) + 1 :], None) is host:
+                delattr(parent, fullname[len(GROUP) + 1 :])
 
-    def _name_the_plugin(self, module: "ModuleType", hosts: "tuple[str, ...]") -> None:
+    def _name_the_plugin(self, plugin: Plugin, module: "ModuleType", hosts: "tuple[str, ...]") -> None:
         """Let other models of the host that import what only the host's own module has end in an error that says so.
 
         The host takes the ``ImportError`` of ``from .llama import Attention`` for a type that it does not support.
         """
 
         def __getattr__(name: str) -> object:  # noqa: N807 (PEP 562)
-            if name in hosts and (self.resolving or _host_is_importing()):
+            if name in hosts and (self._resolving or _host_is_importing()):
                 raise PluginError(
-                    f"The plug-in {self.plugin!r} stands for mlx-lm's own {self.fullname}, from which another model "
-                    f"imports {name}, but it has no {name}. Update or uninstall {self.plugin.distribution}, or leave "
+                    f"The plug-in {plugin!r} stands for mlx-lm's own {GROUP}.{plugin.model_type}, from which another "
+                    f"model imports {name}, but it has no {name}. Update or uninstall {plugin.distribution}, or leave "
                     f"it out of {VARIABLE}."
                 )
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__dict__["__getattr__"] = __getattr__
+
+
+class Alias:
+    """A loader that puts a module under another name: one module object, run once."""
+
+    def __init__(self, load: "Callable[[], ModuleType]"):
+        self.load = load
+
+    own_spec: "ModuleSpec | None" = None
+
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType":
+        module = self.load()
+        self.own_spec = getattr(module, "__spec__", None)
+        return module
+
+    def exec_module(self, module: "ModuleType") -> None:
+        # The import system has just put the alias's spec on the module, which was loaded under its own.
+        module.__spec__ = self.own_spec
 
 
 def _normalized(name: str) -> str:
@@ -267,7 +291,7 @@ def _warn(message: str) -> None:
         logging.getLogger(__name__).warning(message)
 
 
-def _hosts_code(model_type: str) -> "CodeType | None":
+def hosts_code(model_type: str) -> "CodeType | None":
     """What the host's own module of a name would run, which is not run: read from its source, bytecode or zip.
 
     None where the host has no such module, shows no code of it (a frozen application), or is not imported yet.
@@ -285,7 +309,7 @@ def _hosts_code(model_type: str) -> "CodeType | None":
 
 def _is_helper(name: str) -> bool:
     """Whether the host has a module of this name that is no model, as it defines and imports no such classes."""
-    code = _hosts_code(name)
+    code = hosts_code(name)
     return code is not None and not {"Model", "ModelArgs"} <= {*code.co_names} and ("*",) not in code.co_consts
 
 
@@ -293,6 +317,29 @@ def _host_is_importing() -> bool:
     """Whether a model module of the host is being executed."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{GROUP}.")]
     return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules)
+
+
+def _importing(package: str) -> "Any":
+    """The spec of the first module of a package that this thread is importing, or None."""
+    found, frame = None, sys._getframe()
+    while frame is not None:
+        spec = frame.f_globals.get("__spec__")
+        if getattr(spec, "_initializing", False) and getattr(spec, "name", "").partition(".")[0] == package:
+            found = spec
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _when_imported(spec: "Any", action: "Callable[[], None]") -> None:
+    """Do something as soon as the import of a module is over, of which its spec is told."""
+
+    def over(self: "Any", value: bool) -> None:
+        self.__class__ = kind
+        self._initializing = value
+        action()
+
+    kind = type(spec)
+    spec.__class__ = type(kind.__name__, (kind,), {"_initializing": property(lambda self: True, over)})
 
 
 def find() -> object | None:

@@ -20,11 +20,13 @@ import mlx.core as mx
 
 from .config import ModelArgs, axes
 from .errors import MISSING_FILE, CheckpointError, MissingTensorError, beyond, differing, shape_error
-from .layouts.decoder import Decoder
+from .layouts.decoder import ROUTER_BIAS, Decoder
 from .layouts.experts import check_orientations, gather
+from .layouts.guests import guests
+from .layouts.merged import cut_merged, refuse_merged
 from .layouts.names import EMBEDDINGS, HEAD, MODEL_PREFIX, NUMBER, as_stored, host_name, layer_and_suffix, stranger
 from .layouts.stacking import Layers, Part
-from .quantization import Decoded, Parameters
+from .quantization import CAST, IGNORED, Decoded, Parameters, is_cast
 from .quantization.checks import check_packed
 from .quantization.description import record_quantization
 
@@ -43,8 +45,10 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     """Rename, decode, gather and turn a checkpoint's tensors into those of `mlx_lm_qwen3vlmoe.model.Model`.
 
     Lazy and idempotent: no array is evaluated but the order of inputs in act-order, of which a wrong number would read
-    memory of somebody else. Takes any part of a checkpoint, ``{}`` too; one with all layers must be complete. Layers
-    that stay packed are described under ``quantization`` in the live config, where the host looks next.
+    memory of somebody else, and a bias of the router's choices, which has to be zero. Takes any part of a checkpoint,
+    ``{}`` too; one with all layers must be complete. Layers that stay packed are described under ``quantization`` in
+    the live config, where the host looks next. Layers of other programs are handed on as they are, see
+    `layouts.guests`.
 
     Args:
         weights: names as any writer gives them → arrays; left as it is.
@@ -53,17 +57,32 @@ def sanitize(weights: Weights, args: ModelArgs) -> Weights:
     Raises:
         CheckpointError: a tensor belongs to nothing, or is missing, ambiguous or of the wrong shape.
     """
-    layers = by_layer(rename(weights))
+    own, others = sanitize_beside(weights, args, set())
+    return own | others
+
+
+def sanitize_beside(weights: Weights, args: ModelArgs, replaced: set[str]) -> tuple[Weights, Weights]:
+    """As `sanitize`: the tensors of the host's layers, and those of other programs' layers.
+
+    Args:
+        replaced: the paths of layers that the model has of another program already.
+    """
+    renamed = rename(weights)
+    layers = by_layer(renamed)
+    left = guests(layers, args.quantization_config, args.config.get("quantization") or {}) | (layers.keys() & replaced)
     present = {int(match[1]) for match in (_LAYER.match(f"{path}.") for path in layers) if match}
     complete = present.issuperset(range(args.text_config["num_hidden_layers"]))
     with as_stored(weights):
-        decoded = with_head(decode_layers(layers, args, complete), args.tie_word_embeddings, complete)
+        decoded = decode_layers({path: layers[path] for path in layers if path not in left}, args, complete)
+        if left.isdisjoint((HEAD, EMBEDDINGS)):
+            decoded = with_head(decoded, args.tie_word_embeddings, complete)
         hosts = {f"{path}.{suffix}": array for path, each in decoded.items() for suffix, array in each.tensors.items()}
         check_names(hosts, args.text_config)
+        check_names((f"{path}.weight" for path in left if ".mlp.experts." not in path), args.text_config)
     packed: dict[str, Parameters] = {path: each.parameters for path, each in decoded.items() if each.parameters}
     if packed:
         record_quantization(args.config, packed)
-    return hosts
+    return hosts, {name: array for name, array in renamed.items() if layer_and_suffix(name)[0] in left}
 
 
 def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:
@@ -76,6 +95,7 @@ def unsanitize(stored: dict[str, Any], args: ModelArgs) -> dict[str, Part]:
         args: its config.
     """
     others, found = gather(by_layer(rename(stored)))
+    refuse_merged(others)
     parts = {path: Part((path,)) for path in others}
     for experts in found:
         parts |= experts.parts(args.text_config)
@@ -106,7 +126,8 @@ def rename(weights: dict[str, T]) -> dict[str, T]:
 def restore_names(parts: dict[str, Part], names: Iterable[str]) -> dict[str, Part]:
     """The inverse of `rename`, by the names that were there: parts by the host's paths → by stored names."""
     targets = {name: host_name(name) for name in names}
-    return {name: parts[layer_and_suffix(target)[0]] for name, target in targets.items() if target is not None}
+    found = {name: layer_and_suffix(target) for name, target in targets.items() if target is not None}
+    return {name: parts[path] for name, (path, suffix) in found.items() if suffix not in (ROUTER_BIAS, *IGNORED)}
 
 
 def by_layer(weights: dict[str, T]) -> dict[str, dict[str, T]]:
@@ -124,8 +145,12 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
     A layer without all of its tensors is an error in a complete checkpoint. In a part of one (a stage of a pipeline
     reads files, which end in the middle of a layer) it is left out.
     """
-    decoder = Decoder(args.quantization_config, args.config.get("quantization") or {}, args.text_config)
-    others, found = gather(layers)
+    own = args.config.get("quantization") or {}
+    description = args.quantization_config
+    if not description and not own and is_cast(layers):
+        description = CAST
+    decoder = Decoder(description, own, args.text_config)
+    others, found = gather(cut_merged(layers, args.text_config))
     check_orientations(found, args.text_config)
     decoded: dict[str, Decoded] = {}
     excused = () if complete else (MissingTensorError,)

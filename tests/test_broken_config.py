@@ -102,7 +102,7 @@ def test_a_size_that_is_missing_or_no_size_is_named(field, value, tmp_path):
     message = refusal(checkpoint.save(tmp_path))
     found = "nothing" if value in (..., None) else json.dumps(value)
     assert f"{field}: expected a positive integer, found {found}. " in message
-    assert ("model_type is qwen3_vl" in message) == (
+    assert ("A dense Qwen3-VL has the model_type qwen3_vl" in message) == (
         field in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
     )
 

@@ -177,3 +177,90 @@ def test_where_distributions_cannot_be_listed_one_warning_says_that_the_hosts_ow
         assert warning == (
             "No plug-in is found, and mlx-lm's own models serve: distributions cannot be listed: OSError: no disk"
         )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise ValueError('broken')",
+        *thorough("raise SystemExit('broken')", "# has no distributions()", "import nothing"),
+    ],
+)
+def test_a_broken_importlib_metadata_costs_nothing(fresh, source):
+    """The standard library's lists the same distributions."""
+    (fresh.site / "importlib_metadata.py").write_text(source)
+    done = fresh.run(WHO, "qwen3_vl_moe", "llama")
+    assert done.stdout.split() == [OURS, "mlx_lm.models.llama"]
+    assert done.stderr == ""
+
+
+# --- plug-ins that extend the host's module -------------------------------------------------------------------------
+
+EXTENDS = "from mlx_lm.models import llama\nModelArgs = llama.ModelArgs\nclass Model(llama.Model): pass\n"
+SAME = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+module = importlib.import_module("mlx_lm.models.llama")
+from mlx_lm.models import llama, mistral3
+assert llama is module is mistral3.llama
+print(*(each.__module__ for each in module.Model.__mro__[:2]))
+"""
+
+
+@pytest.mark.parametrize("first", [["better_llama"], *thorough([], ["mlx_lm.models.llama", "better_llama"])])
+def test_a_plugin_that_extends_the_host_serves_whichever_of_its_names_is_imported_first(fresh, first):
+    claim(fresh, "llama", EXTENDS, "better-llama")
+    assert fresh.run(SAME, *first).stdout.split() == ["better_llama", "mlx_lm.models.llama"]
+
+
+def package(environment: Environment) -> None:
+    """A plug-in of three modules, one of which extends the host's."""
+    folder = environment.site / "better"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "base.py").write_text(EXTENDS)
+    (folder / "other.py").write_text("from mlx_lm.models import llama\n")
+    (folder / "model.py").write_text(
+        "from mlx_lm.models.llama import Model as Host\n"
+        "from .base import Model, ModelArgs\n"
+        "assert Model.__mro__[1] is Host\n"
+    )
+    environment.add_distribution("better", "[mlx_lm.models]\nllama = better.model\n", {})
+
+
+@pytest.mark.parametrize(
+    "first", [["better.base"], *thorough(["better.model"], ["better.other"], ["better.other", "better.base"], [])]
+)
+def test_any_module_of_a_plugin_may_be_imported_first_and_the_hosts_runs_once(fresh, first):
+    package(fresh)
+    assert fresh.run(SAME, *first).stdout.split() == ["better.base", "mlx_lm.models.llama"]
+
+
+def test_a_class_of_a_plugin_that_extends_the_host_is_unpickled_in_a_new_process(fresh):
+    claim(fresh, "llama", EXTENDS, "better-llama")
+    save = (
+        "import pickle, sys; from mlx_lm.models.llama import Model; sys.stdout.write(pickle.dumps(Model, 0).decode())"
+    )
+    load = "import pickle, sys; print(pickle.loads(sys.argv[1].encode()).__mro__[1].__module__)"
+    assert fresh.run(load, fresh.run(save).stdout).stdout.strip() == "mlx_lm.models.llama"
+
+
+def test_a_plugin_that_extends_the_host_and_fails_does_so_each_time_it_is_asked_for(fresh):
+    """What it has imported of the host's before that does not serve in its place."""
+    claim(fresh, "llama", f"{EXTENDS}raise OSError('no disk')", "better-llama")
+    code = (
+        "from mlx_lm.utils import _get_classes\n"
+        "for _ in range(2):\n"
+        "    try: _get_classes({'model_type': 'llama'})\n"
+        "    except RuntimeError as e: print(str(e)[:40])\n"
+    )
+    assert fresh.run(code).stdout.splitlines() == ["The plug-in llama = better_llama (better"] * 2
+
+
+def test_a_plugin_that_fails_when_it_is_imported_by_its_own_name_leaves_nothing_of_the_hosts_in_its_place(fresh):
+    claim(fresh, "llama", f"{EXTENDS}raise OSError('no disk')", "better-llama")
+    code = "try: import better_llama\nexcept OSError as e: print(e)\n" + WHO
+    done = fresh.run(code, "llama", check=False)
+    assert done.stdout == "no disk\n"
+    assert "PluginError: The plug-in llama = better_llama" in done.stderr.splitlines()[-1]

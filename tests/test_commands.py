@@ -11,6 +11,7 @@ import mlx.core as mx
 import openai
 import pytest
 from support import BIN, HOST, HOST_HAS_THE_TYPE, LIMIT, ROOT, TINY, thorough
+from support.checkpoints import Checkpoint
 from support.commands import (
     UNCHANGED,
     answer,
@@ -226,3 +227,26 @@ def test_the_demo_prints_what_the_readme_shows():
         output = re.sub(r"\S+(?=mlx_lm_qwen3vlmoe/model.py)", "", output)
     output, shown = (re.sub(r"\d+ a second on this \w+", "", text) for text in (output, shown))
     assert shown[: None if HOST >= (0, 32) else shown.index("With this")] in output
+
+
+def test_run_prints_an_error_about_a_checkpoint_as_one_sentence(tmp_path):
+    """Where the host's own commands end in a traceback."""
+    checkpoint = Checkpoint("official")
+    del checkpoint.tensors["model.language_model.norm.weight"]
+    done = run(
+        *(
+            BIN / "mlx-lm-qwen3vlmoe",
+            "run",
+            "generate",
+            "--model",
+            checkpoint.save(tmp_path / "broken"),
+            "--prompt",
+            "Hi",
+        ),
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "model.language_model.norm.weight: expected in a complete checkpoint"
+    )

@@ -12,65 +12,11 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import qwen3_moe
 from support import FIXTURES
+from support.configs import NEWER_ROPE, official
 
 from mlx_lm_qwen3vlmoe import CheckpointError, Model, ModelArgs
 from mlx_lm_qwen3vlmoe.config import normalize
 from mlx_lm_qwen3vlmoe.quantization.description import foreign_quantization, own_quantization, settle_quantization
-
-# The official 30B config as published: tie_word_embeddings at the top level only.
-OFFICIAL = {
-    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-    "image_token_id": 151655,
-    "model_type": "qwen3_vl_moe",
-    "text_config": {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "decoder_sparse_step": 1,
-        "dtype": "bfloat16",
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 262144,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_vl_moe_text",
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-        "rope_theta": 5000000,
-        "use_cache": True,
-        "vocab_size": 151936,
-    },
-    "tie_word_embeddings": False,
-    "transformers_version": "4.57.0.dev0",
-    "video_token_id": 151656,
-    "vision_config": {"depth": 27},
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
-}
-NEWER_ROPE = {
-    "mrope_interleaved": True,
-    "mrope_section": [24, 20, 20],
-    "rope_theta": 5000000,
-    "rope_type": "default",
-}
-
-
-def official(**text) -> dict:
-    """The official config with some text fields changed; ``...`` takes a field away."""
-    config = copy.deepcopy(OFFICIAL)
-    config["text_config"] |= text
-    config["text_config"] = {name: value for name, value in config["text_config"].items() if value is not ...}
-    return config
 
 
 def test_the_official_config_loads_as_published():
@@ -309,6 +255,21 @@ def test_quantization_is_another_tools_or_mlxs_wherever_it_stands(config, foreig
     for home in (config, config.get("text_config", {})):
         for field in ("quantization_config", "compression_config"):
             assert home.get(field) in (None, MLX)
+
+
+@pytest.mark.parametrize("missing", [{}, {"group_size": None, "bits": None}])
+@pytest.mark.parametrize(
+    ("mode", "group_size", "bits"), [("affine", 64, 4), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+)
+def test_what_is_null_or_missing_in_an_entry_is_the_default_of_its_mode(mode, group_size, bits, missing):
+    found = own_quantization({"quantization": {**MLX, "a": {"mode": mode, **missing}, "b": True}})
+    assert found == {**MLX, "a": {"mode": mode, "group_size": group_size, "bits": bits}, "b": True}
+
+
+def test_an_entry_without_a_mode_is_affine_whatever_the_others_are():
+    """As MLX's own layers take it."""
+    found = own_quantization({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4", "a": {"bits": 8}}})
+    assert found["a"] == {"bits": 8, "group_size": 64}
 
 
 def test_importing_the_package_imports_neither_mlx_nor_the_host():

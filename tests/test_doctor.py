@@ -7,13 +7,17 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlx_lm import utils
 from support import OURS, ROOT, TINY, thorough
 from support.commands import run
 from support.environments import Environment
 
 from mlx_lm_qwen3vlmoe import __version__
+from mlx_lm_qwen3vlmoe.discovery import diagnosis
+from mlx_lm_qwen3vlmoe.discovery.claims import own_module
 
 HOSTS = "mlx_lm.models.qwen3_vl_moe"
 STARTUP = "mlx_lm_qwen3vlmoe_startup.pth"
@@ -84,7 +88,7 @@ def test_in_a_plain_environment_the_start_up_file_is_active_and_the_plugin_serve
 def test_the_keys_of_the_report_are_these(installed):
     keys = (
         "type package installed python versions backend hook host winner file plugins skipped conflicts variable "
-        "command error reason remedy"
+        "command error notes reason remedy"
     )
     assert list(doctor(installed)) == keys.split()
 
@@ -486,6 +490,45 @@ def test_the_help_of_every_command_has_an_example_and_the_exit_status(installed)
         assert re.search(r"(?m)^exit status: .*\b1\b.*\b2 for a wrong command line$", text)
     done = command(installed, "no_such_command")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+# --- notes ----------------------------------------------------------------------------------------------------------
+
+
+def noted(monkeypatch, model_type: str = "qwen3_vl_moe") -> str:
+    """What it prints in this process, in which a test has changed the host."""
+    return diagnosis.render(diagnosis.diagnose(model_type))
+
+
+def test_a_host_that_takes_images_is_noted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm.processors", SimpleNamespace(PROCESSORS={"qwen3_vl_moe": object}))
+    note = (
+        "Note: mlx-lm's own qwen3_vl_moe takes images, but mlx-lm-qwen3vlmoe, which serves in its place, is text-only. "
+        "To use images, set MLX_LM_PLUGINS=0."
+    )
+    assert noted(monkeypatch).splitlines()[-1] == note
+    assert "Note" not in noted(monkeypatch, "qwen3_vl_moe_text")
+
+
+def test_a_host_that_takes_no_images_is_not(monkeypatch):
+    assert "Note" not in noted(monkeypatch)
+
+
+def test_a_type_that_the_host_renames_by_the_class_of_a_checkpoint_is_noted(monkeypatch):
+    """As mlx-lm 0.32.2 does with bailing_hybrid."""
+    renamed = {("qwen3_vl_moe", "NewerClass"): "qwen3_vl_moe_2", ("llama", "NewerClass"): "llama_2"}
+    monkeypatch.setattr(utils, "MODEL_ARCHITECTURE_REMAPPING", renamed, raising=False)
+    line = noted(monkeypatch).splitlines()[-1]
+    assert (
+        line
+        == "Note: mlx-lm takes qwen3_vl_moe of the class NewerClass for qwen3_vl_moe_2 before it asks for a plug-in"
+    )
+
+
+@pytest.mark.parametrize(("classes", "module"), [(["No", "OnlyThis"], "llama"), ("OnlyThis", "llama"), (["No"], None)])
+def test_a_type_that_the_host_knows_by_the_class_alone_is_its_own(monkeypatch, classes, module):
+    monkeypatch.setattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {("my_type", "OnlyThis"): "llama"}, raising=False)
+    assert own_module("my_type", classes) == module
 
 
 # --- the log --------------------------------------------------------------------------------------------------------

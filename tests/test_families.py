@@ -21,7 +21,10 @@ from mlx_lm_qwen3vlmoe.quantization.numbers import loaded_e4m3
 MLX_NAMES = {"weight", "scales"}  # which mark nothing: MLX's own layers have them, too
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
 REFUSED = {"quark-amdfp4-g32"}
-UNSEEN = {("fp8", "weight_scale"), ("auto-round", "weight_scale_inv")}  # marks without a fixture: see the last test
+IN_HALVES = "angelslim-fp8-static"  # has a scale for each half of fused experts: the whole cannot be decoded
+# Marks without a fixture: see the last test, and test_renamed.py.
+UNSEEN = {("fp8", "scale_weight"), ("auto-round", "weight_scale_inv")}
+RENAMED = {("w8a8_int8", "weight_scale")}
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.methods[0])
 UNDESCRIBED = {
     "weight_scale_2": "modelopt-nvfp4",
@@ -74,7 +77,9 @@ def test_a_family_has_fixtures_with_its_detail_and_all_of_its_marks(family):
     assert any(family.detail in description for description in fixtures.values()) == bool(family.detail)
     seen = {suffix for folder in fixtures for tensors in layers_of(folder).values() for suffix in tensors}
     assert seen
-    assert seen - quantization.IGNORED - MLX_NAMES == {m for m in family.marks if (family.methods[0], m) not in UNSEEN}
+    assert seen - quantization.IGNORED - MLX_NAMES == {
+        mark for mark in family.marks if (family.methods[0], mark) not in UNSEEN | RENAMED
+    }
 
 
 @BY_NAME
@@ -87,7 +92,7 @@ def test_a_family_turns_what_it_declares(family, monkeypatch):
         text = ModelArgs.from_dict(json.loads((folder / "config.json").read_text())).text_config
         for path, tensors in layers_of(folder).items():
             copied.clear()
-            with suppress(*[CheckpointError] * (folder.name in REFUSED)):
+            with suppress(*[CheckpointError] * (folder.name in {*REFUSED, IN_HALVES})):
                 decoded(path, tensors, description, shape=linear_shape(path, text))
             largest = max(tensors, key=lambda suffix: tensors[suffix].nbytes)
             codes = tensors[largest]
@@ -103,6 +108,8 @@ def test_halves_of_fused_experts_decode_by_themselves(family):
     """So that two of them wait in bytes, and not in floats."""
     pairs = []
     for folder, description in described(family).items():
+        if folder.name == IN_HALVES:
+            continue
         fused = {path: tensors for path, tensors in layers_of(folder).items() if path.endswith(FUSED[0])}
         for path, tensors in fused.items():
             for axis in (-1, -2):
@@ -116,7 +123,8 @@ def test_halves_of_fused_experts_decode_by_themselves(family):
 
 
 def test_marks_tell_the_family_where_there_is_no_description():
-    assert {suffix for family in FAMILIES for suffix in family.undescribed} == UNDESCRIBED.keys()
+    undescribed = {suffix for family in FAMILIES for suffix in family.undescribed}
+    assert undescribed == UNDESCRIBED.keys() | {"scale_weight"}  # the latter: see test_renamed.py
     for suffix, name in UNDESCRIBED.items():
         folder = QUANTIZED / name
         (description,) = (found[folder] for family in FAMILIES if folder in (found := described(family)))

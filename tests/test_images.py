@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx_lm.models
 import openai
 import pytest
 from mlx_lm import batch_generate, load, stream_generate
@@ -246,3 +249,60 @@ def written(log, text: str) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(log.read_text())
+
+
+# --- hosts that take images themselves ------------------------------------------------------------------------------
+
+HIDDEN = "mlx-lm's own qwen3_vl_moe takes images, but mlx-lm-qwen3vlmoe, which serves in its place, is text-only"
+SEES = """
+import mlx_lm_qwen3vlmoe.no_such_module  # it is looked at, and not run
+
+class ModelArgs: pass
+class Model:
+    {method}
+"""
+
+
+def hidden(caplog) -> list[str]:
+    load_model(TINY, lazy=True)
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith(HIDDEN)]
+
+
+def test_no_host_so_far_takes_images(caplog):
+    assert hidden(caplog) == []
+
+
+def test_a_host_with_a_processor_for_this_type_is_told_of_once_as_the_model_loads(monkeypatch, caplog):
+    processors = SimpleNamespace(PROCESSORS={"qwen3_vl_moe": object, "muse_spark": object})
+    monkeypatch.setitem(sys.modules, "mlx_lm.processors", processors)
+    (message,) = hidden(caplog)
+    assert message.endswith("To use images, set MLX_LM_PLUGINS=0.")
+
+
+@pytest.mark.parametrize("processors", [None, SimpleNamespace(), SimpleNamespace(PROCESSORS={"muse_spark": object})])
+def test_a_processor_for_another_type_is_none_of_this_one(monkeypatch, caplog, processors):
+    monkeypatch.setitem(sys.modules, "mlx_lm.processors", processors)
+    assert hidden(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "sees"),
+    [
+        ("def __call__(self, inputs, cache=None, pixel_values=None): pass", True),
+        ("def embed_inputs(self, inputs): pass", True),
+        ("def __init__(self, args): self.vision_tower = None", True),
+        ("def sanitize(self, weights): return weights.pop('vision_tower')", False),
+    ],
+)
+def test_a_class_of_the_hosts_that_takes_images_is_told_of_as_well(monkeypatch, caplog, tmp_path, method, sees):
+    (tmp_path / "qwen3_vl_moe.py").write_text(SEES.format(method=method))
+    monkeypatch.setattr(mlx_lm.models, "__path__", [str(tmp_path), *mlx_lm.models.__path__])
+    assert bool(hidden(caplog)) == sees
+
+
+def test_the_hosts_processor_is_not_given_to_this_model(monkeypatch):
+    """It is found by the module of a model's class, which is this package's: see docs/plugins.md."""
+    processors = pytest.importorskip("mlx_lm.processors", reason="this host has no processors")
+    monkeypatch.setitem(processors.PROCESSORS, "qwen3_vl_moe", object)
+    model, config = load_model(TINY, lazy=True)
+    assert processors.load_processor(model, config | {"vision_config": {"depth": 1}}) is None

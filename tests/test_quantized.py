@@ -27,6 +27,7 @@ NAMES = sorted(path.parent.name for path in QUANTIZED.glob("*/golden.safetensors
 # Formats that MLX can only express in float, in all or some layers: FP8, NVFP4 (on the CPU), act-order, scales of
 # inputs or of blocks narrower than MLX's, tables of values.
 FLOAT = {
+    *("angelslim-fp8-static", "angelslim-w4a8", "fp8-cast"),
     *("autoround-export-mlx", "autoround-mixed-experts", "autoround-modelfree-mxfp4", "autoround-modelfree-w4"),
     *("autoround-fp8-block", "autoround-fp8-static", "autoround-fp8-tensor", "autoround-nvfp4", "autoround-nvfp4-e5m3"),
     *("bnb-fp4", "bnb-nf4", "bnb-nf4-double"),

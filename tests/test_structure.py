@@ -14,7 +14,7 @@ FLOORS = (  # from the ground: a folder, or a module of the root, imports from t
     ("__init__", "registry", "terminal"),
     ("errors",),
     ("runtime",),
-    ("discovery", "quantization"),
+    ("discovery", "fields", "quantization"),
     ("config",),
     ("layouts",),
     ("files", "sanitize"),

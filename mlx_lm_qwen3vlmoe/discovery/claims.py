@@ -35,15 +35,32 @@ def get_model_classes(config: dict[str, Any]) -> tuple[type, type]:
     return registry.get_model_classes(config, OWN)
 
 
-def own_module(model_type: object) -> str | None:
+def own_module(model_type: object, architectures: object = None) -> str | None:
     """The module of the host's own for a model type, which a plug-in may hide, or None."""
     import mlx_lm.models
-    from mlx_lm import utils
 
     if not isinstance(model_type, str) or not model_type.isidentifier():
         return None
-    name = getattr(utils, "MODEL_REMAPPING", {}).get(model_type, model_type)
+    classes = [architectures] if isinstance(architectures, str) else architectures
+    by_class = renamed_by_class(model_type)
+    found = [by_class[name] for name in classes if name in by_class] if isinstance(classes, list) else []
+    name = (found or [renamed(model_type)])[0]
     return name if PathFinder.find_spec(f"{registry.GROUP}.{name}", mlx_lm.models.__path__) else None
+
+
+def renamed(model_type: str) -> str:
+    """The name under which the host imports a type, and so asks for a plug-in."""
+    from mlx_lm import utils
+
+    return str(getattr(utils, "MODEL_REMAPPING", {}).get(model_type, model_type))
+
+
+def renamed_by_class(model_type: str) -> dict[str, str]:
+    """The same for checkpoints whose ``architectures`` name a class: class → name. mlx-lm 0.32.2 and newer."""
+    from mlx_lm import utils
+
+    remapping = getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {})
+    return {name: module for (of, name), module in remapping.items() if of == model_type}
 
 
 def check_classes(config: dict[str, Any]) -> None:
@@ -55,7 +72,7 @@ def check_classes(config: dict[str, Any]) -> None:
         utils._get_classes({"model_type": "qwen3_moe", "architectures": classes})
     except TypeError:
         raise config_error("architectures", "a list of names", classes) from None
-    renamed: dict[Any, str] = getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {})
+    by_class = renamed_by_class(config["model_type"])
     for name in [classes] if isinstance(classes, str) else classes or ():
-        if other := renamed.get((config["model_type"], name)):
+        if other := by_class.get(name):
             raise config_error("architectures", f"no class that mlx-lm loads as {other}", classes)

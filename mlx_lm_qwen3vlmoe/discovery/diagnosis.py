@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, registry
-from .claims import MODEL_TYPES, NAME, PACKAGE, own_module
+from .claims import MODEL_TYPES, NAME, PACKAGE, own_module, renamed, renamed_by_class
 
 _SUFFIXES = (".start", ".pth") if sys.version_info >= (3, 15) else (".pth",)  # of start-up files, see PEP 829
 _FOLDER = Path(__file__).parents[1]  # of the package
@@ -57,6 +57,7 @@ def diagnose(model_type: str = "qwen3_vl_moe") -> dict[str, Any]:
         "variable": setting,
         "command": _attempt(_command)[0],
         "error": unusable or error or hostless,
+        "notes": _attempt(_notes, model_type, module and module.__name__)[0] or [],
     }
     reason, remedy = _verdict(report) or (None, None)
     return report | {"reason": reason, "remedy": remedy}
@@ -86,9 +87,20 @@ def _host(model_type: str) -> dict[str, Any]:
     """What mlx-lm has: the type itself, the module it takes it for, and what this package's model passes on."""
     from ..runtime import host
 
-    remapped = getattr(import_module("mlx_lm.utils"), "MODEL_REMAPPING", {}).get(model_type, model_type)
     can = {"shard": host.SHARD, "pipeline": host.PIPELINE, "input_embeddings": host.EMBEDDINGS}
-    return {"module": remapped, "own_type": own_module(model_type) is not None, **can}
+    return {"module": renamed(model_type), "own_type": own_module(model_type) is not None, **can}
+
+
+def _notes(model_type: str, winner: str | None) -> list[str]:
+    """What a user of the type has to know, even if the plug-in is in use."""
+    from ..runtime import host
+
+    notes = [
+        f"mlx-lm takes {model_type} of the class {name} for {module} before it asks for a plug-in"
+        for name, module in renamed_by_class(model_type).items()
+    ]
+    ours = winner is not None and winner == MODEL_TYPES.get(model_type)
+    return [*notes, *([host.hidden_images(model_type)] if ours and host.takes_images(model_type) else [])]
 
 
 def _import(name: str) -> Any:
@@ -234,6 +246,7 @@ def render(report: dict[str, Any], verbose: bool = False) -> str:
     else:
         who = f"mlx-lm {report['versions']['mlx-lm']} ({report['file']})"
         lines = [f"OK: mlx_lm.generate runs {report['type']} through {who}; no plug-in claims it"]
+    lines += [f"Note: {note}" for note in report["notes"]]
     return "\n".join([*lines, *(["", *_details(report, package)] if verbose else [])])
 
 

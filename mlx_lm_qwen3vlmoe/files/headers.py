@@ -190,7 +190,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(name, "config.json", what, remedy) from e
     found = config.get("model_type") if isinstance(config, dict) else config
     if not isinstance(found, str) or found not in MODEL_TYPES:
-        if own_module(found):
+        if own_module(found, config.get("architectures") if isinstance(config, dict) else None):
             raise CheckpointError(f"{name}: {found} is mlx-lm's own type: load it as it is.")
         remedy = "Is this a Qwen3-VL-MoE checkpoint? This command knows no others."
         raise CheckpointError(f"{name}: config.json: model_type", series(MODEL_TYPES), shown(found), remedy)

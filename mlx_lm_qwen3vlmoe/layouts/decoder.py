@@ -19,6 +19,8 @@ from .names import module_name, stranger
 
 logger = logging.getLogger(__name__)
 
+ROUTER_BIAS = "e_score_correction_bias"  # [experts], which cosmos-rl writes for a model that has none
+
 
 class Decoder:
     """Decodes the layers of one checkpoint, and keeps account of those that become float.
@@ -37,6 +39,8 @@ class Decoder:
 
     def __call__(self, path: str, tensors: Tensors) -> Decoded:
         """One layer; raises `CheckpointError`."""
+        if ROUTER_BIAS in tensors:
+            tensors = _without_bias(path, tensors)
         if not quantization.is_foreign(tensors):
             return self._mlx(path, tensors)
         return self._count(tensors, self._foreign(path, tensors, ()))
@@ -144,3 +148,16 @@ class Decoder:
                 self._after / 1e9,
                 self._before / 1e9,
             )
+
+
+def _without_bias(path: str, tensors: Tensors) -> Tensors:
+    """A router without a bias of zeros, one number an expert, which is looked at; another would change the choice."""
+    bias = tensors[ROUTER_BIAS]
+    if not planning() and mx.any(bias != 0).item():
+        raise CheckpointError(
+            f"{path}.{ROUTER_BIAS}",
+            "zeros, as the router of this model type has no bias",
+            "other numbers",
+            "Is config.json that of this checkpoint? If so, the model was changed, and this package does not load it.",
+        )
+    return {suffix: array for suffix, array in tensors.items() if suffix != ROUTER_BIAS}

@@ -34,7 +34,7 @@ IN_OUT = Layout(
 )
 OUT_IN = Layout(
     "fused experts, [experts, out, in] (transformers 5.2 or newer)",
-    "`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`",
+    "`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`; or `experts.w13_weight`, `experts.w2_weight`",
 )
 MISCUT = Layout(
     "one tensor an expert, cut along the wrong axis (transformers 5.0, 5.1)",

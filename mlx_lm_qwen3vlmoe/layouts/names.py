@@ -6,6 +6,8 @@
 | ``language_model.model.…``, ``vision_tower.…``, ``language_model.lm_head``| MLX                                 |
 | ``language_model.model.layers.…``, ``visual.…``                           | transformers before 4.57            |
 | ``language_model.layers.…``, ``model.layers.…``, ``layers.…``             | a bare language model               |
+| ``_orig_mod.…``, ``module.…``, ``base_model.model.…``, and others         | a wrapped model: `unwrapped`        |
+| ``experts.w13_weight``, ``experts.w2_weight``                             | vLLM's sharded state                |
 
 Numbers in names are decimals without leading zeros: ``experts.01`` would be a second ``experts.1``.
 """
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from ..errors import CheckpointError, MissingTensorError
+from .aliases import known_suffix
 
 MODEL_PREFIX = "language_model.model."
 EMBEDDINGS = f"{MODEL_PREFIX}embed_tokens"
@@ -28,49 +31,43 @@ _TEXT = re.compile(
     rf"((?:layers\.{NUMBER}|embed_tokens|norm|lm_head)\..+)"
 )
 _VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
-# Rotary frequencies are computed, and the router has no bias: some exports invent one.
-_MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias")
+# Rotary frequencies are computed, and the router has no bias: some exports invent one. ComfyUI marks files in FP8.
+_MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias|scaled_fp8")
+# PyTorch's wrappers name themselves where they wrap; those of all the model stand in front, as does PEFT's.
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.|_fpw_module\.")
+_OUTER = re.compile(r"^(?:module\.)*(?:base_model\.model\.)?(?:module\.)*")
+_REPEATED = re.compile(r"(?:language_model\.){2,}")
+_UNMERGED = re.compile(r"\.base_layer\.|\.lora_|\.modules_to_save\.")
 _PROJECTION_FIRST = re.compile(rf"\.experts\.((?:gate|up|down)_proj)\.({NUMBER})\.")
 _PLURAL = re.compile(rf"\.experts\.(gate_up|down)_projs\.({NUMBER})\.")
-_FUSED = re.compile(r"(.+\.mlp\.experts\.(?:gate_up_proj|down_proj))(?:_([a-z_]+))?")
+_FUSED = re.compile(r"(.+\.mlp\.experts\.)(_?)(gate_up_proj|down_proj)(_[a-z_]+)?")
 _NUMBERS = re.compile(rf"(?<=\.){NUMBER}(?=\.)")
 _MAIN = ("weight", "qweight", "weight_packed", "_weight_qdata", "W_q")  # what the other tensors of a layer belong to
-# What else is in the folders of checkpoints, and what to do. The last one fits any name.
-_STRANGERS = (
-    (
-        r"^base_model\.|\.base_layer\.|\.lora_[A-Z]|\.lora_\w+_[A-Z]|\.modules_to_save\.",
-        "one of a PEFT adapter that is not merged",
-        "Merge the adapter with PEFT (merge_and_unload), and save the model.",
+# What else files of checkpoints have: a pattern → what it is, and what to do. The last one fits any name.
+_STRANGERS = {
+    r"^base_model\.|\.(?:base_layer|modules_to_save)\.|\.lora_(?:\w*[A-Z]\b|magnitude)": (
+        "one of a PEFT adapter that is not merged. Merge the adapter with PEFT (merge_and_unload), and save the model."
     ),
-    (r"\.lora_[ab]$", "one of an mlx_lm adapter that is not fused", "Run mlx_lm.fuse."),
-    (r"(?:^|\.)v_head\.", "the value head of TRL", "Save the wrapped model (pretrained_model) without its value head."),
-    (
-        r"(?:^|\.)score\.",
-        "the head of a reward model or classifier",
-        "Such a model writes no text. Use the model that it was trained from.",
+    r"\.lora_[ab]$": "one of an mlx_lm adapter that is not fused. Run mlx_lm.fuse.",
+    r"(?:^|\.)v_head\.": "the value head of TRL. Save the wrapped model (pretrained_model) without its value head.",
+    r"(?:^|\.)score\.": (
+        "the head of a reward model or classifier. Such a model writes no text. Use the model that it was trained from."
     ),
-    (
-        r"(?:^|\.)(?:mtp|midlayer)\.|^fc\.|^(?:d2t|t2d)$",
-        "one of a draft model for speculative decoding",
-        "Save a copy of the checkpoint without the tensors of the draft model.",
+    r"(?:^|\.)(?:mtp|midlayer)\.|^fc\.|^(?:d2t|t2d)$": (
+        "one of a draft model for speculative decoding. Save a copy of the checkpoint without the draft model."
     ),
-    (
-        r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.",
-        "one of Qwen3-Omni",
-        "That is another model type, which this package does not load.",
+    r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.": (
+        "one of Qwen3-Omni. That is another model type, which this package does not load."
     ),
-    (r"(?:^|\.)_orig_mod\.", "a name by torch.compile", "Save the model that torch.compile has wrapped (_orig_mod)."),
-    (
-        r"\.bias$",
-        "a bias, which this model type does not have",
-        "Is config.json that of this checkpoint? If so, the model was changed, and this package does not load it.",
+    r"\.bias$": (
+        "a bias, which this model type does not have. Is config.json that of this checkpoint? If so, the model was "
+        "changed, and this package does not load it."
     ),
-    (
-        "",
-        "one that no known tool writes",
-        "Is config.json that of this checkpoint? If so, and if the model does not need it, save a copy without it.",
+    "": (
+        "one that no known tool writes. Is config.json that of this checkpoint? If so, and if the model does not need "
+        "it, save a copy without it."
     ),
-)
+}
 
 
 def host_name(name: str) -> str | None:
@@ -78,8 +75,9 @@ def host_name(name: str) -> str | None:
 
     Separate experts, which the host does not have, become ``experts.{e}.{p}_proj``. Raises `CheckpointError`.
     """
-    if not (match := _TEXT.fullmatch(name)):
-        if _VISION.match(name) or _MEANINGLESS.fullmatch(name):
+    match = None if "_mod" in name else _TEXT.fullmatch(name)  # no name of a module without a wrapper has that
+    if not match and not (match := _TEXT.fullmatch(plain := unwrapped(name))):
+        if _VISION.match(plain) or _MEANINGLESS.fullmatch(plain):
             return None
         raise stranger(name)
     text = match[1]
@@ -87,7 +85,19 @@ def host_name(name: str) -> str | None:
         return None
     if ".experts." in text:
         text = _PLURAL.sub(r".experts.\2.\1_proj.", _PROJECTION_FIRST.sub(r".experts.\2.\1.", text))
+        if ".experts.w" in text:
+            text = text.replace(".w13_weight", ".gate_up_proj").replace(".w2_weight", ".down_proj")
     return f"language_model.{text}" if text.startswith("lm_head.") else MODEL_PREFIX + text
+
+
+def unwrapped(name: str) -> str:
+    """A name without those of the wrappers around the model and its modules, of torch.compile, FSDP, DDP and PEFT.
+
+    ``base_model.model.`` is of a merged PEFT model; one that is not has other names, too, and keeps them all.
+    """
+    if _UNMERGED.search(name):
+        return name
+    return _REPEATED.sub("language_model.", _OUTER.sub("", _WRAPPERS.sub("", name), count=1))
 
 
 def module_name(path: str) -> str:
@@ -101,15 +111,15 @@ def layer_and_suffix(name: str) -> tuple[str, str]:
     """A tensor's name in two: the layer, and what it is of the layer (``weight``, ``scales``, ``weight.absmax``).
 
     Fused experts have no ``.weight``: ``gate_up_proj`` is their weight, ``gate_up_proj_scale_inv`` its
-    ``weight_scale_inv``.
+    ``weight_scale_inv``, ``_gate_up_proj_qdata`` its ``_weight_qdata``. What tools call otherwise is in `aliases`.
     """
     layer, _, suffix = name.rpartition(".")
     if layer.endswith(".mlp.experts") and (match := _FUSED.fullmatch(name)):
-        return match[1], f"weight_{match[2]}" if match[2] else "weight"
+        return known_suffix(match[1] + match[3], f"{match[2]}weight{match[4] or ''}")
     if ".weight." in name:  # bitsandbytes
         layer, _, suffix = name.partition(".weight.")
         return layer, f"weight.{suffix}"
-    return layer, suffix
+    return known_suffix(layer, suffix)
 
 
 def tensor_name(path: str, suffix: str) -> str:
@@ -121,7 +131,7 @@ def tensor_name(path: str, suffix: str) -> str:
 
 def stranger(name: str) -> CheckpointError:
     """The error for a tensor that this model type does not have, by the tool that writes such tensors."""
-    what, remedy = next(rest for pattern, *rest in _STRANGERS if re.search(pattern, name))
+    what, _, remedy = next(text for pattern, text in _STRANGERS.items() if re.search(pattern, name)).partition(". ")
     return CheckpointError(name, "a tensor of a Qwen3-VL-MoE model", what, remedy)
 
 

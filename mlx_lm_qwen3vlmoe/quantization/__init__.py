@@ -18,14 +18,27 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, check_kinds, series, shown
-from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, metal, modelopt, quark, torchao
+from . import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    hqq,
+    integers,
+    metal,
+    modelopt,
+    quark,
+    torchao,
+)
 from .affine import common, dequantize
 from .family import Family
 from .gptq import ACT_ORDER
 from .layer import IGNORED, Decoded, Layer, Parameters, Tensors
 
 __all__ = ["ACT_ORDER", "FAMILIES", "IGNORED", "Decoded", "Layer", "Parameters", "Tensors", "common", "decode"]
-__all__ += ["dequantize", "halves", "is_foreign", "layer_settings", "read_description", "title", "turned"]
+__all__ += ["dequantize", "halves", "is_foreign", "is_suffix", "layer_settings", "read_description", "title", "turned"]
 
 FAMILIES: tuple[Family, ...] = (
     auto_round.AutoRound(),
@@ -35,12 +48,16 @@ FAMILIES: tuple[Family, ...] = (
     fp8.Fp8(),
     gptq.Gptq(),
     hqq.Hqq(),
+    integers.EightBits(),
+    integers.FourBits(),
     metal.Metal(),
     modelopt.ModelOpt(),
     quark.Quark(),
     torchao.TorchAo(),
 )
 _BY_METHOD = {method: family for family in FAMILIES for method in family.methods}
+CAST: dict[str, Any] = {"quant_method": fp8.Cast.methods[0]}  # the description of a model for which `is_cast`
+_CAST = fp8.Cast()
 _FOREIGN = IGNORED.union(*(family.marks for family in FAMILIES))
 
 
@@ -88,6 +105,11 @@ def is_foreign(tensors: Tensors) -> bool:
     return not _FOREIGN.isdisjoint(tensors) or (weight is not None and weight.dtype in (mx.uint8, mx.int8, mx.int32))
 
 
+def is_suffix(suffix: str) -> bool:
+    """Whether a tool gives this name to a tensor of a quantized layer."""
+    return suffix in _FOREIGN
+
+
 def layer_settings(description: dict[str, Any], name: str) -> dict[str, Any]:
     """What the description says of a layer; ``name`` as transformers has it, ``model.language_model.layers.…``."""
     family = _BY_METHOD.get(description.get("quant_method", ""))
@@ -101,13 +123,37 @@ def turned(description: dict[str, Any]) -> tuple[str, ...]:
 
 
 def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tensors, Tensors] | None:
-    """Fused experts cut in two along an axis of the weight, -1 or -2; None if they have to be decoded before that."""
+    """Fused experts cut in two along an axis of the weight, -1 or -2; None if they have to be decoded before that.
+
+    AngelSlim has a scale for each half, ``weight_scale [E, 2]``.
+    """
+    if tensors.keys() - IGNORED == {"weight", "weight_scale"} and tensors["weight_scale"].shape[1:] == (2,):
+        weights, scales = mx.split(tensors["weight"], 2, axis), mx.split(tensors["weight_scale"], 2, -1)
+        first, second = ({"weight": weights[n], "weight_scale": scales[n]} for n in (0, 1))
+        return first, second
     family = _family(tensors, settings)
     return family.halves(tensors, axis, settings) if family else None
 
 
+def is_cast(layers: dict[str, Tensors]) -> bool:
+    """Whether a model without a description is e4m3 without scales: bytes in all projections, and nothing beside them.
+
+    MLX reads e4m3 as bytes, so that bytes in some layers may be anything.
+    """
+    projections = (tensors for path, tensors in layers.items() if path.endswith("_proj"))
+    first = next(projections, {})
+    return _is_bare(first) and all(map(_is_bare, projections))
+
+
+def _is_bare(tensors: Tensors) -> bool:
+    weight = tensors.get("weight")
+    return weight is not None and weight.dtype == mx.uint8 and tensors.keys() - IGNORED == {"weight"}
+
+
 def _family(tensors: Tensors, settings: dict[str, Any]) -> Family | None:
     """The family of a layer, by its settings, or by its tensors where there is no description."""
+    if settings is CAST:
+        return _CAST
     undescribed = (family for family in FAMILIES if any(suffix in tensors for suffix in family.undescribed))
     return _BY_METHOD.get(settings.get("quant_method", "")) or next(undescribed, None)
 

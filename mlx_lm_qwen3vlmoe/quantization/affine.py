@@ -87,6 +87,17 @@ def signed(
     return affine(layer, words, scales, None if zeros is None else zeros.astype(mx.float32) + middle, bits, group_size)
 
 
+def signed_pairs(layer: Layer, suffix: str, pairs: mx.array, scales: mx.array, group_size: int | None) -> Decoded:
+    """``w = scales * q`` of 4 bits in two's complement, two in a byte, low nibble first: ``[…, out, in / 2]`` int8.
+
+    So MLX packs, and 8 is added by turning the sign.
+    """
+    size = layer.shape(pairs)[1]
+    if pairs.dtype != mx.int8 or size % 4:
+        raise layer.error(suffix, "two values in each of a multiple of 4 bytes (int8)", f"{pairs.dtype}, {size} bytes")
+    return affine(layer, pairs.view(mx.uint32) ^ 0x88888888, scales, None, 4, group_size)
+
+
 def _mlx_group(inputs: int, size: int) -> int | None:
     """The largest of MLX's groups at whose multiples every group of ``size`` begins, and the inputs end."""
     step = math.gcd(size, inputs)

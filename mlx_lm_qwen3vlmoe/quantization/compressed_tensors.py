@@ -4,6 +4,7 @@
 |--------------------------|--------------------------------------------|----------------------------------------------|
 | ``pack-quantized``       | ``weight_packed`` int32 ``[out, in*b/32]`` | float ``[out, groups]``, blocks or ``[1]``   |
 | ``int-quantized``, naive | ``weight`` int8 ``[out, in]``              | the same                                     |
+| the same by AngelSlim    | ``weight_packed`` int8 ``[out, in/2]``     | float ``[out, 1]``                           |
 | ``float-quantized``      | ``weight`` e4m3 ``[out, in]``              | the same                                     |
 | ``mxfp4-pack-quantized`` | ``weight_packed`` uint8 ``[out, in/2]``    | e8m0 ``[out, in/32]``                        |
 | ``mxfp6-pack-quantized`` | ``weight_packed`` uint8 ``[out, 3*in/4]``  | the same                                     |
@@ -22,7 +23,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import fp8
-from .affine import BITS, affine
+from .affine import BITS, affine, signed_pairs
 from .family import Description, Family
 from .gptq import in_order
 from .layer import Decoded, Layer
@@ -50,6 +51,7 @@ class CompressedTensors(Family):
     formats = (
         "compressed-tensors `pack-quantized` | `weight_packed` in int32 | affine; in act-order float | packed; 16 bits",
         "compressed-tensors `int-quantized` | `weight` in int8 | affine, 8 bits | packed",
+        "AngelSlim `int-quantized`, 4 bits | `weight_packed` in int8 | affine, 4 bits | packed",
         "MXFP4 of compressed-tensors and ModelOpt | uint8 `weight_scale` for 32 weights of 4 bits | `mxfp4` | packed",
         "MXFP8 | `weight` in e4m3, `weight_scale` in uint8 for 32 weights | `mxfp8` | packed",
     )
@@ -69,6 +71,8 @@ class CompressedTensors(Family):
     def decode(self, layer: Layer) -> Decoded:
         if layer.has("weight_packed", mx.int32, mx.uint32):
             return _packed_integers(layer)
+        if layer.has("weight_packed", mx.int8):
+            return _pairs(layer)
         if layer.has("weight_packed"):
             return _packed_floats(layer)
         if layer.has("weight", mx.int8):
@@ -114,6 +118,17 @@ def _integers(layer: Layer) -> Decoded:
         raise layer.unsupported("weight", "a multiple of 32 inputs", inputs)
     unsigned = (weight.view(mx.uint8) + 2 ** (bits - 1)) & (2**bits - 1)
     return affine(layer, pack(unsigned, bits), scales, zeros, bits, width_of(scheme))
+
+
+def _pairs(layer: Layer) -> Decoded:
+    """AngelSlim's ``int-quantized`` with 4 bits: two in a byte, in two's complement, and a scale an output."""
+    pairs, scales = layer.take("weight_packed", 2), layer.floats("weight_scale", 2)
+    outputs, size = layer.shape(pairs)
+    scheme = next(iter(schemes_for(layer, "int", 4)), {})
+    if scheme.get("symmetric") is False:
+        raise layer.unsupported("weight_packed", "a symmetric scheme of 4 bits in int8", "symmetric false")
+    scales = of_each_output(layer, scales, scheme, (outputs, 2 * size))
+    return signed_pairs(layer, "weight_packed", pairs, scales, width_of(scheme))
 
 
 def _check_symmetry(layer: Layer, scheme: Scheme, zeros: mx.array | None) -> None:

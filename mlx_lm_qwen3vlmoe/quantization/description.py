@@ -9,9 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
+
 from ..errors import check_kinds, check_positive, config_error
 
 _FIELDS = ("quantization_config", "compression_config")  # of any tool, at the top or in ``text_config``
+_DEFAULTS = {  # of MLX's modes, for a field that is null or missing
+    "affine": {"group_size": 64, "bits": 4},
+    "mxfp4": {"group_size": 32, "bits": 4},
+    "mxfp8": {"group_size": 32, "bits": 8},
+    "nvfp4": {"group_size": 16, "bits": 4},
+}
 
 
 def foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -21,19 +29,46 @@ def foreign_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def own_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
-    """MLX's description, wherever it stands; raises `CheckpointError` where the host could not read it."""
+    """MLX's description, wherever it stands, with MLX's defaults for what is null or missing in it.
+
+    `mlx_lm.convert` writes such entries, for recipes of mixed bits and for predicates that name the bits alone. What
+    another program describes, by a mode of its own, is left as it is. Raises `CheckpointError` where the host could not
+    read the description.
+    """
     own = config.get("quantization")
     if own is None:
         own = next(filter(None, (_in_mlx_terms(value) for _, _, value in _described(config))), None)
     if own is None:
         return None
+    if isinstance(own, dict) and not is_mlx_mode(own.get("mode", "affine")):
+        return own
     if not (isinstance(own, dict) and {"group_size", "bits"} <= own.keys()):
         raise config_error("quantization", "an object with group_size and bits", own)
     for path, parameters in {"": own, **own}.items():
         for field in ("group_size", "bits"):
             if isinstance(parameters, dict) and parameters.get(field) is not None:
                 check_positive(": ".join(filter(None, ("quantization", path, field))), parameters[field], int)
-    return own
+    entries = {path: _filled(entry) if isinstance(entry, dict) else entry for path, entry in own.items()}
+    return _filled(entries)
+
+
+def is_mlx_mode(mode: object) -> bool:
+    """Whether MLX has a mode of quantization; what is no text is for MLX to refuse."""
+    if not isinstance(mode, str) or mode in _DEFAULTS:
+        return True
+    try:  # one that is newer than this package
+        mx.quantize(mx.zeros((32, 512)), mode=mode)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A description of all layers or of one, with the defaults of its mode; another mode than MLX's has none."""
+    given = {field: value for field, value in parameters.items() if field != "mode" or value is not None}
+    mode = given.get("mode", "affine")
+    defaults = _DEFAULTS.get(mode, {}) if isinstance(mode, str) else {}
+    return given | {field: value for field, value in defaults.items() if given.get(field) is None}
 
 
 def settle_quantization(config: dict[str, Any]) -> None:

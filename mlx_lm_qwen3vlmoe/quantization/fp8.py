@@ -4,7 +4,8 @@
 ``[R]`` or ``[R, 1]``, or ``[⌈R/b⌉, ⌈C/b⌉]`` in the orientation of the weight, with the last blocks cut short
 (ModelOpt: ``[R/b, 1, C/b, 1]``). Blocks with e8m0 scales (powers of two) are MXFP8 with every scale repeated, and stay
 packed where 32 divides them. Sources: ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors
-0.19, ModelOpt 0.47.
+0.19, ModelOpt 0.47. `fbgemm_fp8` and SGLang's `w8a8_fp8` have a scale an output. ComfyUI's ``scale_weight`` is one for
+the whole, and needs no description. AngelSlim 0.5 has two for fused experts, of gate and of up: ``[E, 2]``.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ _BLOCK = (128, 128)  # of the official releases; where nothing is said, the shap
 
 
 class Fp8(Family):
-    methods = ("fp8",)
+    methods = ("fp8", "fbgemm_fp8", "w8a8_fp8")
     detail = "fmt"
-    marks = ("weight_scale_inv", "weight_scale")
+    marks = ("weight_scale_inv", "weight_scale", "scale_weight")
     formats = (
         (
-            "FP8 of the official releases, transformers, ModelOpt and compressed-tensors | "
+            "FP8 of the official releases, transformers, ModelOpt, compressed-tensors, AutoFP8, AngelSlim, fbgemm and "
+            "SGLang (`w8a8_fp8`) | "
             "`weight` in e4m3, with float scales for the tensor, the channel or the block | float | 16 bits"
         ),
         (
             "FP8 in blocks with power-of-two scales | e4m3, with scales in E8M0 | "
             "`mxfp8`, with scales repeated; experts fused as `[E, in, out]` float | packed; 16 bits"
         ),
+        "FP8 of ComfyUI | `weight` in e4m3, `scale_weight` | float | 16 bits",
+        "FP8 by a cast, without scales | `weight` in e4m3, and no description | float | 16 bits",
     )
-    undescribed = ("weight_scale_inv",)
+    undescribed = ("weight_scale_inv", "scale_weight")
 
     def check(self, description: Description) -> None:
         check_block("", description, "weight_block_size")
@@ -62,11 +66,32 @@ class Fp8(Family):
         return first, second
 
     def decode(self, layer: Layer) -> Decoded:
+        if layer.has("scale_weight"):
+            return scaled(layer, layer.take("weight", 2), "scale_weight", TENSOR)
         suffix = "weight_scale" if layer.has("weight_scale") else "weight_scale_inv"
         form = layer.settings.get("scale_fmt") or "ue8m0"
         if layer.has(suffix, mx.uint8) and form != "ue8m0":
             raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
         return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
+
+
+class Cast(Family):
+    """A whole model that was cast to e4m3, which nothing describes: ``w = e4m3``."""
+
+    methods = ("e4m3 without scales",)  # of `quantization.CAST`
+    detail = ""
+    marks = ()
+    formats = ()
+
+    def halves(self, tensors: Tensors, axis: int, settings: Description) -> tuple[Tensors, Tensors] | None:
+        first, second = mx.split(tensors["weight"], 2, axis)
+        return {"weight": first}, {"weight": second}
+
+    def decode(self, layer: Layer) -> Decoded:
+        weight = layer.take("weight", 2)
+        if weight.dtype != loaded_e4m3():
+            raise layer.error("weight", "e4m3", weight.dtype)
+        return Decoded({"weight": e4m3(weight, layer.dtype)}, None, "FP8 without scales")
 
 
 def scaled(layer: Layer, weight: mx.array, suffix: str, block: tuple[int, int] | None) -> Decoded:

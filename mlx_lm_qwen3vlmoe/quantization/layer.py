@@ -13,7 +13,8 @@ Parameters = dict[str, Any]  # of mlx.nn.quantize: group_size, bits, mode, and g
 
 # Of activations or the key-value cache, or of no use here: weight_shape repeats what the shapes tell.
 IGNORED = {
-    *("input_scale", "input_scale_2", "input_global_scale", "input_zero_point", "output_scale", "weight_shape"),
+    *("input_scale", "input_scale_2", "input_scale_ub", "input_global_scale", "input_zero_point", "input_zero_point_2"),
+    *("output_scale", "output_scale_2", "output_zero_point", "output_zero_point_2", "weight_shape", "kv_scale"),
     *("activation_scale", "weight_activation_scale"),  # the latter of fused experts
     *("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point"),
     *("k_bias", "v_bias"),

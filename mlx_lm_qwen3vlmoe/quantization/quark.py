@@ -63,7 +63,7 @@ class Quark(Family):
         return {**description, "stages": stages}
 
     def decode(self, layer: Layer) -> Decoded:
-        kinds = tuple(str(stage.get("dtype")) for stage in layer.settings.get("stages", ()))
+        kinds = tuple(str(stage.get("dtype") or "nothing") for stage in layer.settings.get("stages", ()))
         scale_format = layer.settings["stages"][0].get("scale_format") if kinds else None
         if kinds == ("fp4",) and scale_format == "e8m0":
             return mxfp4(layer, layer.take("weight", 2), layer.take("weight_scale", 2))

@@ -58,7 +58,7 @@ def schemes_for(layer: Layer, kind: str, *bits: int) -> list[Scheme]:
     schemes: list[Scheme] = layer.settings.get("schemes") or []
     fitting = [s for s in schemes if s.get("type", kind) == kind and (not bits or s.get("num_bits") in bits)]
     if schemes and not fitting:
-        kinds = [f"{scheme.get('num_bits', 'some')} bits of {scheme.get('type', kind)}" for scheme in schemes]
+        kinds = [f"{scheme.get('num_bits') or 'some'} bits of {scheme.get('type') or kind}" for scheme in schemes]
         expected = f"{series(bits)} bits of {kind}" if bits else f"the type {kind}"
         raise layer.error("weight", f"{expected} in config_groups", series(kinds, "and"))
     return fitting

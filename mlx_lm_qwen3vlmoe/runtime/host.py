@@ -7,19 +7,26 @@
 | 0.32.0 | ``qwen3_moe`` stays on one machine          | `SHARD` and `PIPELINE` are false: `Model` has no such    |
 |        |                                             | methods                                                  |
 | 0.32.1 | experts drop the second scale of NVFP4      | `backend.takes_global_scale`: they are decoded           |
+| (none) | ``qwen3_vl_moe`` takes no images            | `takes_images` is false: nothing is hidden by this model |
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import version
+from types import CodeType
 from typing import Any, NoReturn
 
 from mlx_lm.models import qwen3_moe
 
-from .. import __version__
+from .. import __version__, registry
 from ..errors import HostError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS = "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters
 SHARD = hasattr(qwen3_moe.Model, "shard")
@@ -59,3 +66,40 @@ def check_fields(text: dict[str, Any]) -> None:
     for name, parameter in inspect.signature(qwen3_moe.ModelArgs).parameters.items():
         if parameter.default is parameter.empty and name not in text:
             raise unfit(f"its qwen3_moe needs the field {name}, which no Qwen3-VL-MoE config has")
+
+
+def takes_images(model_type: str) -> bool:
+    """Whether the host takes images for this type where no plug-in is in its place: no release so far does.
+
+    It has a processor of images for the type then, or a class that names them, as `mlx_lm.models.muse_spark` does. The
+    class is looked at, and not run.
+    """
+    try:
+        processors = import_module("mlx_lm.processors").PROCESSORS
+    except Exception:  # mlx-lm before 0.32.2 has none
+        processors = ()
+    code = registry.hosts_code(model_type)
+    names = _names(code) if code else ()
+    return model_type in processors or any(re.search("(?i)pixel|image|vision|embed_inputs", name) for name in names)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What a module and all that it defines call things."""
+    yield from (code.co_name, *code.co_names, *code.co_varnames)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def hidden_images(model_type: str) -> str:
+    """What is to be said where `takes_images`."""
+    return (
+        f"mlx-lm's own {model_type} takes images, but mlx-lm-qwen3vlmoe, which serves in its place, is text-only. To "
+        f"use images, set {registry.VARIABLE}=0."
+    )
+
+
+def warn_of_images(model_type: str) -> None:
+    """Log that this package takes away what the host can do with images."""
+    if takes_images(model_type):
+        logger.warning(hidden_images(model_type))
