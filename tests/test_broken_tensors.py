@@ -90,7 +90,6 @@ from support.commands import run
                 (f"{LAYERS}.0.self_attn.q_proj.lora_a", "mlx_lm adapter that is not fused", "mlx_lm.fuse"),
                 ("fc.weight", "a draft model", "without the draft model"),
                 ("d2t", "a draft model", "without the draft model"),
-                (f"_orig_mod.{LAYERS}.0.self_attn.q_proj.weight", "torch.compile", "_orig_mod"),
             )
         ),
         pytest.param(
