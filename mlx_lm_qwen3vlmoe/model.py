@@ -23,7 +23,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from .config import ModelArgs
 from .layouts.guests import check_taken, is_guest
 from .layouts.names import as_stored
-from .runtime import backend, host, lazy, parallel
+from .runtime import backend, cpu, host, images, lazy, parallel
 from .sanitize import check_complete, check_shapes, sanitize_beside
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Model(nn.Module):
             rope.mscale = text["rope_scaling"].get("attention_factor", rope.mscale)
             for layer in self.language_model.model.layers:
                 layer.self_attn.rope = rope
-        backend.adapt(self.language_model)
+        cpu.adapt(self.language_model)
         lazy.quantize_in_turn(self.language_model)
         if host.PIPELINE:
             self.model.pipeline = Pipeline(self.model)
@@ -96,27 +96,43 @@ class Model(nn.Module):
         """
         decoder: Any = self.model
         if input_embeddings is None:
-            self._refuse_images(inputs, cache)
+            self._look_for_images(inputs, cache)
         wide = backend.widens(decoder) or getattr(getattr(decoder, "pipeline", None), "widens", False)
         if wide and host.EMBEDDINGS:
             h = decoder.embed_tokens(inputs) if input_embeddings is None else input_embeddings
             input_embeddings = h.astype(mx.float32)  # and so is all that follows
         embeddings = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
-        return self.language_model(inputs, cache=cache, **embeddings)
+        return cpu.spread(self.language_model)(inputs, cache=cache, **embeddings)
 
-    def _refuse_images(self, inputs: mx.array, cache: Any) -> None:
+    def train(self, mode: bool = True) -> Model:
+        """As the host's; images in the training data are told of."""
+        images.tell(self)
+        if mode:
+            images.watch(self)
+        return super().train(mode)
+
+    def trainable_parameters(self) -> Any:
+        """As the host's; a trainer asks for them to save an adapter, when images are told of."""
+        images.tell(self)
+        return super().trainable_parameters()
+
+    def _look_for_images(self, inputs: mx.array, cache: Any) -> None:
         """Raise `ValueError` for a prompt with an image: ``<|vision_start|>`` and a placeholder after it.
 
         The embedding of a placeholder means nothing by itself. One that stands alone may be a random token of a
-        benchmark, and an error in one request of a batch would end the server's thread, and so all: both are logged.
+        benchmark, and an error in one request of a batch would end the server's thread, and so all: both are logged. In
+        training the text around an image may be worth learning.
         """
-        if self.training or inputs.shape[-1] == 1:  # while decoding, a look at the token would cost time
+        if inputs.shape[-1] == 1:  # while decoding, a look at the token would cost time
             return
         if type(self.model.embed_tokens).__module__.partition(".")[0] not in ("mlx", "mlx_lm"):
             return  # another program put its own in their place, which may know images
         found = [self.args.config.get(f"{name}_token_id") for name in ("image", "video", "vision_start")]
         image, video, start = (token if isinstance(token, int) and abs(token) < 2**31 else -1 for token in found)
         marks = (inputs == image) | (inputs == video)
+        if self.training:
+            images.note(self, marks, f"{image} or {video}")
+            return
         try:
             if not marks.any().item():
                 return

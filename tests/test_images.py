@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import re
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import mlx_lm.models
 import openai
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.utils import load_model, quantize_model
-from support import BIN, LIMIT, OURS, TINY
+from support import BIN, HOST, LIMIT, OURS, TINY
 from support.commands import run, serving
+
+from mlx_lm_qwen3vlmoe.runtime import images
 
 # The smallest picture there is, without a library that draws.
 PNG = base64.b64decode(
@@ -137,17 +144,115 @@ def test_a_batch_that_continues_cached_prompts_logs_an_error_as_well(tiny, caplo
     assert re.search(REFUSAL, record.message)
 
 
-def test_training_is_not_refused(tiny):
-    """Training data may have images for other models to see; the text around them is learned."""
-    model, _ = tiny
-    tokens = mx.array([[1, 380, 382, 381, 380, 383, 381, 2]])
+# --- training -------------------------------------------------------------------------------------------------------
+
+WITH_IMAGE = mx.array([[1, 380, 382, 381, 380, 383, 381, 2]])
+TEXT = mx.array([[1, 5, 9, 40, 200, 7, 8, 2]])
+TOLD = r"training data has placeholders of images \(token 382 or 383\).*text-only model.*mlx-vlm"
+
+
+def fresh_model():
+    """As a trainer has it, with one trainable layer."""
+    model, _ = load_model(TINY)
+    model.freeze()
+    model.lm_head.unfreeze()  # whose gradient does not go through experts, as that of some hosts cannot
+    return model
+
+
+def told(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "training data" in record.getMessage()]
+
+
+def train(model, batches: list[mx.array]) -> list:
+    """The step of mlx_lm's trainer, compiled with the state. Returns what was learned."""
+    optimizer = optim.SGD(learning_rate=1e-3)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    def loss(model, batch):
+        return nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:]).mean()
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(batch):
+        value, grad = nn.value_and_grad(model, loss)(model, batch)
+        optimizer.update(model, grad)
+        return value
+
     model.train()
-    try:
-        assert model(tokens).shape == (1, 8, 384)
-    finally:
-        model.eval()
+    values = []
+    for batch in batches:
+        values.append(step(batch))
+        mx.eval(state, values)
+    return values
+
+
+def test_training_is_not_refused_but_told(tiny, caplog):
+    """Training data may have images for other models to see; the text around them is learned."""
+    model = fresh_model()
+    model.train()
+    for _ in range(2):
+        assert model(WITH_IMAGE).shape == (1, 8, 384)
+    (message,) = told(caplog)
+    assert re.search(TOLD, message)
+    model.eval()
     with pytest.raises(ValueError, match=REFUSAL):
-        model(tokens)
+        model(WITH_IMAGE)
+
+
+@pytest.mark.parametrize("read", [lambda model: model.eval(), lambda model: model.trainable_parameters()])
+@pytest.mark.parametrize(
+    "batches", [[WITH_IMAGE], [TEXT, WITH_IMAGE, TEXT], [TEXT, TEXT[:, :4], WITH_IMAGE], [WITH_IMAGE, WITH_IMAGE]]
+)
+def test_a_compiled_step_is_told_of_once_at_the_next_evaluation_or_save(caplog, read, batches):
+    """In whichever batch the image was, and however often steps are compiled anew."""
+    model = fresh_model()
+    train(model, batches)
+    read(model)
+    read(model)
+    (message,) = told(caplog)
+    assert re.search(TOLD, message)
+
+
+def test_training_without_images_is_told_of_nothing(caplog):
+    model = fresh_model()
+    train(model, [TEXT, TEXT])
+    model.eval()
+    model.trainable_parameters()
+    assert told(caplog) == []
+
+
+def test_a_compiled_step_learns_what_it_would_without_the_watch(monkeypatch):
+    found = train(model := fresh_model(), [WITH_IMAGE, TEXT, TEXT])
+    monkeypatch.setattr(images, "note", lambda *_: None)
+    expected = train(other := fresh_model(), [WITH_IMAGE, TEXT, TEXT])
+    assert mx.array_equal(mx.stack(found), mx.stack(expected))
+    assert mx.array_equal(model.lm_head.weight, other.lm_head.weight)
+
+
+def test_what_is_watched_is_no_parameter():
+    model = fresh_model()
+    before = [name for name, _ in tree_flatten(model.parameters())]
+    train(model, [WITH_IMAGE])
+    assert [name for name, _ in tree_flatten(model.parameters())] == before
+    assert [name for name, _ in tree_flatten(model.trainable_parameters())] == ["language_model.lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    "validated",
+    [True, pytest.param(False, marks=pytest.mark.skipif(HOST < (0, 30, 7), reason="this host wants that file"))],
+)
+def test_lora_trains_on_images_in_train_jsonl_with_one_warning(tmp_path, validated):
+    """With images in no row of valid.jsonl, or without that file."""
+    image = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    rows = {"train": [image] * 3} | ({"valid": ["What is it?"] * 3} if validated else {})
+    for name, questions in rows.items():
+        reply = {"role": "assistant", "content": "A plug-in."}
+        lines = [json.dumps({"messages": [{"role": "user", "content": each}, reply]}) for each in questions]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = ("--iters", 3, "--batch-size", 1, "--val-batches", 1, "--num-layers", 1)
+    command = ("--train", "--model", TINY, "--data", tmp_path, "--adapter-path", tmp_path / "out", *options)
+    done = run(BIN / "mlx_lm.lora", *command)
+    assert len(re.findall(TOLD, done.stdout + done.stderr)) == 1
+    assert (tmp_path / "out" / "adapters.safetensors").exists()
 
 
 def test_what_is_compiled_is_not_looked_at(tiny):

@@ -17,6 +17,7 @@ from ..errors import series
 from .fields import Fields
 from .files import read_config
 from .lora import MERGE
+from .patterns import Pattern
 
 _INITIAL = ("gaussian", "eva", "orthogonal")  # which leave the base model as it is
 _REFUSED = {  # fields that have to be empty, and why
@@ -33,7 +34,6 @@ _REFUSED = {  # fields that have to be empty, and why
     "lora_bias": "LoRA in mlx_lm has no biases",
     "ensure_weight_tying": "in mlx_lm, head and embeddings are adapted apart",
 }
-_ENDLESS = re.compile(r"\)[*+{]|(?:[*+?}].*){5}")  # what a hostile pattern needs to run for ever
 _LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
@@ -65,17 +65,16 @@ class PeftConfig(Fields):
         self.ranks = self._patterns("rank_pattern", Fields.integer)
         self.alphas = self._patterns("alpha_pattern", Fields.number)
 
-    def _patterns(self, field: str, read: Any) -> dict[str, Any]:
+    def _patterns(self, field: str, read: Any) -> list[tuple[Pattern, Any]]:
         values = Fields(self.object(field, {}), f"{field}.")
-        for pattern in values.values:
+        patterns = []
+        for text in values.values:
             try:
-                re.compile(pattern)
-                bad = len(pattern) > 1000 or _ENDLESS.search(pattern)
-            except (re.error, RecursionError, OverflowError):
-                bad = True
-            if bad:
-                raise self.error(field, "names, or simple regular expressions", pattern)
-        return {pattern: read(values, pattern) for pattern in values.values}
+                pattern = Pattern(text)
+            except (ValueError, re.error):
+                raise self.error(field, "names, or simple regular expressions", text) from None
+            patterns.append((pattern, read(values, text)))
+        return patterns
 
     def targets(self, parameter: str) -> bool:
         """Whether ``target_parameters`` names a parameter, by its whole name or by the end of it."""
@@ -100,9 +99,9 @@ class PeftConfig(Fields):
         return layout == _LAYOUTS[1] if layout else None if mapping.get("unsloth_fixed") else False
 
 
-def _matching(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def _matching(patterns: list[tuple[Pattern, Any]], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a name, or all of it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for pattern, value in patterns if pattern.matches(name)), default)
 
 
 def write_config(base: str | None, dropout: float, dora: bool, **fields: Any) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What MLX's backends ask of a model: of experts an order in memory, and on the CPU float32.
 
-Nothing that is stored changes, nor does the class of a module, but for `SwitchGLU` on the CPU.
-
 Read from the ``GatherMM`` of MLX's backends (https://github.com/ml-explore/mlx/tree/main/mlx/backend):
 
 | backend | takes, of the last two axes                        | in      | fastest                             |
@@ -13,10 +11,7 @@ Read from the ``GatherMM`` of MLX's backends (https://github.com/ml-explore/mlx/
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,8 +21,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 from mlx_lm.models.switch_layers import SwitchLinear
-
-logger = logging.getLogger(__name__)
 
 _planned: ContextVar[mx.Device | None] = ContextVar("planned", default=None)
 
@@ -55,7 +48,7 @@ def device() -> mx.Device:
 def as_out_in(array: mx.array) -> mx.array:
     """``[E, in, out]`` as the ``[E, out, in]`` of the host, in an order in memory that the backend takes uncopied.
 
-    In 16 bits, no order helps the CPU: see `SwitchGLU`.
+    In 16 bits, no order helps the CPU: see `cpu.SwitchGLU`.
     """
     if device() != mx.cpu:
         return mx.contiguous(array.swapaxes(-1, -2))
@@ -85,103 +78,15 @@ def widens(decoder: nn.Module) -> bool:
     | a matrix in bfloat16                 | 6        | 27      | 27      |
     | a matrix in float16                  | 36       | 19      | 35      |
 
-    So packed layers want float32, and floats of 16 bits their own dtype. Experts see to themselves: `SwitchGLU`.
+    `benchmarks/dtypes.py` measures it, and says when float32 is not the fastest any more, as it may be once MLX has
+    AVX2 kernels (https://github.com/ml-explore/mlx/pull/3019): then this function, and what asks it, can go.
+
+    So packed layers want float32, and floats of 16 bits their own dtype. Experts see to themselves: `cpu.SwitchGLU`.
     """
     return device() == mx.cpu and any(_packed(layer) for layer in decoder.layers)
 
 
 def _packed(module: Any) -> bool:
-    if not isinstance(module, nn.Module) or isinstance(module, SwitchGLU):
+    if not isinstance(module, nn.Module) or isinstance(module, switch_layers.SwitchGLU):
         return False
     return "scales" in module or any(map(_packed, module.values()))
-
-
-class SwitchGLU(switch_layers.SwitchGLU):
-    """The host's experts of one layer, on the CPU: multiplied in float32, with results in the dtype of ``x``.
-
-    16-bit weights are cast inside the call, which keeps no copy and changes no module: whoever edits, replaces, saves
-    or quantizes them, in whatever thread, finds what is stored.
-    """
-
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        wide: Any = copy.copy(self)
-        for name, child in self.items():
-            wide[name] = _in_float32(child)
-        y: mx.array = switch_layers.SwitchGLU.__call__(wide, x.astype(mx.float32), indices)
-        return y.astype(x.dtype)
-
-
-def _in_float32(module: Any) -> Any:
-    """What casts a 16-bit projection for one call, also of one that LoRA has wrapped; any other module as it is.
-
-    What other programs wrap is theirs, and MLX casts it as a whole, since ``x`` is float32.
-    """
-    if type(module) is SwitchLinear and module["weight"].dtype != mx.float32:
-        return _Cast(module)
-    if isinstance(module, nn.Module) and "lora_a" in module:
-        module = copy.copy(module)
-        module["linear"] = _in_float32(module["linear"])
-    return module
-
-
-class _Cast:
-    """A 16-bit projection that is called in the place of the host's, and casts what the call uses."""
-
-    def __init__(self, linear: SwitchLinear):
-        self.linear = linear
-        _announce_cast(linear["weight"].dtype)
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        weight: mx.array = self.linear["weight"]
-        turned = _turned(weight)
-        if turned is None:
-            return self.linear(x, indices, sorted_indices=sorted_indices)  # MLX casts all of it, in a slow order
-        rows = weight.swapaxes(-1, -2) if turned else weight  # as it lies in memory: a copy in another order is slow
-        # All experts cost about four times their number of single ones: most of it is fresh pages. In training, single
-        # ones would cost more: the gradient of each is as large as that of all.
-        few = indices.size <= 4 * len(weight) and not self.linear.training and "bias" not in self.linear
-        if few:
-            return _one_by_one(x, rows, turned, indices)
-        wide = mx.contiguous(rows).astype(mx.float32)  # two steps, which are faster than one
-        linear: Any = copy.copy(self.linear)
-        linear["weight"] = wide.swapaxes(-1, -2) if turned else wide
-        return linear(x, indices, sorted_indices=sorted_indices)
-
-
-def _one_by_one(x: mx.array, rows: mx.array, turned: bool, indices: mx.array) -> mx.array:
-    """The products that ``gather_mm`` has, of which each casts one expert and forgets it."""
-    tokens = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:])).flatten(0, -3)
-    products = []
-    for n, expert in enumerate(mx.split(indices.flatten(), indices.size)):
-        wide = mx.slice(rows, expert, [0], (1, *rows.shape[1:]))[0].astype(mx.float32)
-        products.append(tokens[n] @ (wide if turned else wide.T))
-    return mx.stack(products).reshape(*indices.shape, *products[0].shape)
-
-
-def _turned(weight: mx.array) -> bool | None:
-    """Whether ``[E, out, in]`` lies in memory as ``[E, in, out]``; None where there are no values to lie there yet."""
-    if planning():
-        return None
-    try:
-        buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
-        strides: Any = memoryview(buffer).strides
-    except (RuntimeError, ValueError):  # traced by mx.compile
-        return None
-    return bool(strides[-2] < strides[-1])
-
-
-def adapt(model: nn.Module) -> None:
-    """Prepare a new model's experts for the device."""
-    if device() == mx.cpu:
-        for module in model.modules():
-            if type(module) is switch_layers.SwitchGLU:
-                module.__class__ = SwitchGLU
-
-
-@functools.cache
-def _announce_cast(dtype: mx.Dtype) -> None:
-    logger.warning(
-        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s at every use, which "
-        "takes time. Quantized experts (mlx_lm.convert -q) run as they are, and faster.",
-        str(dtype).rpartition(".")[2],
-    )
