@@ -11,6 +11,8 @@ from typing import Any
 
 from . import __version__
 from .discovery.claims import NAME
+from .errors import LARGEST, CheckpointError
+from .terminal import printable, say, session
 
 EXAMPLES = """\
 examples:
@@ -18,11 +20,16 @@ examples:
   mlx-lm-qwen3vlmoe doctor                                    do mlx_lm commands use this package here?
   mlx-lm-qwen3vlmoe run generate --model MODEL --prompt Hi    mlx_lm.generate, where start-up files do not run
 
-exit status: 0 for yes, 1 for no, with the reason, 2 for a wrong command line
+exit status: 0 for yes, 1 for no, with the reason, 2 for a wrong command line, 130 after Ctrl-C
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
+    with session():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog=NAME,
         description="Qwen3-VL-MoE as text models in mlx-lm. Once installed, mlx_lm commands need none of these.",
@@ -44,7 +51,7 @@ def _add(commands: Any, name: str, what: str, example: str, status: str) -> argp
         name,
         help=what,
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog=f"example:\n  {NAME} {example}\n\nexit status: {status}, 2 for a wrong command line",
+        epilog=f"example:\n  {NAME} {example}\n\nexit status: {status}, 2 for a wrong command line, 130 after Ctrl-C",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -66,14 +73,13 @@ def _inspect(commands: Any) -> None:
 
     def do(parsed: argparse.Namespace) -> None:
         _need_mlx_lm()
-        from .errors import CheckpointError
         from .inspection.report import inspect, render
 
         try:
             report = inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
         except (CheckpointError, OSError) as e:
-            sys.exit(str(e))
-        print(json.dumps(report, indent=2) if parsed.json else render(report))
+            sys.exit(printable(e))
+        say(json.dumps(report, indent=2) if parsed.json else render(report))
         sys.exit(report["error"] is not None)
 
     parser.set_defaults(do=do)
@@ -97,7 +103,7 @@ def _doctor(commands: Any) -> None:
         from .discovery import diagnosis
 
         report = diagnosis.diagnose(parsed.type)
-        print(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report, parsed.verbose))
+        say(json.dumps(report, indent=2) if parsed.json else diagnosis.render(report, parsed.verbose))
         sys.exit(report["reason"] is not None)
 
     parser.set_defaults(do=do)
@@ -119,13 +125,12 @@ def _run(commands: Any) -> None:
 
         claims.install()
         _need_mlx_lm()
-        from .errors import CheckpointError
 
         sys.argv = ["mlx_lm", parsed.subcommand, *parsed.arguments]
         try:
             runpy.run_module("mlx_lm", run_name="__main__", alter_sys=True)
         except CheckpointError as e:
-            sys.exit(str(e))
+            sys.exit(printable(e))
 
     parser.set_defaults(do=do)
 
@@ -136,7 +141,7 @@ def _restore(commands: Any) -> None:
         "restore",
         "put tuned text back into the checkpoint that it came from, vision tower and all",
         "restore fused --original Qwen/Qwen3-VL-30B-A3B-Instruct --save-path tuned",
-        "0 if it is written, 1 if not, with the reason, 130 if it was stopped",
+        "0 if it is written, 1 if not, with the reason",
     )
     parser.add_argument("tuned", help="a folder that mlx_lm.fuse or mlx_lm.convert wrote")
     parser.add_argument("--original", required=True, help="the unquantized original: a folder, or a name on the hub")
@@ -144,16 +149,14 @@ def _restore(commands: Any) -> None:
 
     def do(parsed: argparse.Namespace) -> None:
         _need_mlx_lm()
-        from .errors import CheckpointError
         from .restoring.restore import restore
 
         try:
             counts = restore(parsed.tuned, parsed.original, parsed.save_path)
         except (CheckpointError, OSError) as e:
-            sys.exit(str(e))
-        except KeyboardInterrupt:
-            parser.exit(130, "Stopped: nothing is left of it.\n")
-        print(f"{parsed.save_path}: {counts['text']} tensors of the tuned text, {counts['others']} of the original")
+            sys.exit(printable(e))
+        done = f"{counts['text']} tensors of the tuned text, {counts['others']} of the original"
+        say(printable(f"{parsed.save_path}: {done}"))
 
     parser.set_defaults(do=do)
 
@@ -173,12 +176,12 @@ def _adapters(commands: Any) -> None:
     def do(parsed: argparse.Namespace) -> None:
         _need_mlx_lm()
         from .adapters import convert
-        from .errors import CheckpointError
 
         try:
-            print(convert(parsed.adapter, parsed.save_path, parsed.model))
+            done = convert(parsed.adapter, parsed.save_path, parsed.model)
         except (CheckpointError, OSError) as e:
-            sys.exit(str(e))
+            sys.exit(printable(e))
+        say(printable(done))
 
     parser.set_defaults(do=do)
 
@@ -188,12 +191,14 @@ def _need_mlx_lm() -> None:
     from .discovery import diagnosis
 
     if why := diagnosis.why_no_host():
-        sys.exit(why)
+        sys.exit(printable(why))
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    """A number that an axis of an array can have."""
+    number = int(text) if text.isdecimal() and len(text) <= 10 else 0
+    if not 0 < number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {LARGEST}, found {printable(text, 100)}")
     return number
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from .terminal import printable
+
 LARGEST = 2**31 - 1  # an axis of an MLX array, which holds nothing before it is loaded
 USE_ITS_MODELS = "use the config.json of the model that this checkpoint was made from."
 CORRECT = f"Correct it, or {USE_ITS_MODELS}"
@@ -31,10 +33,10 @@ class CheckpointError(ValueError):
     def __str__(self) -> str:
         where, expected, found, remedy = self.args
         if not expected:
-            return str(where)
+            return printable(where)
         where = ", ".join(map(shortened, where if isinstance(where, tuple) else [where]))
         text = f"expected {expected}, found {found}".replace("mlx.core.", "")
-        return f"{where}: {text}. {remedy}"
+        return printable(f"{where}: {text}. {remedy}")
 
     def rename(self, new: Callable[[str], str]) -> None:
         """Put other names in place of those where it is wrong."""
@@ -52,8 +54,8 @@ class HostError(RuntimeError):
 
 
 def shortened(name: str) -> str:
-    """A name that is no longer than a line or two: a file can have any."""
-    return name if len(name) < 300 else f"{name[:150]}…{name[-100:]}"
+    """A name for a line of text: a file can have any, of any length."""
+    return printable(name, 250)
 
 
 def shown(value: object) -> str:

@@ -253,3 +253,92 @@ def test_a_layer_at_a_time_is_in_memory(tmp_path):
         before = mx.get_active_memory()
         converted(source, tmp_path, None)
         assert mx.get_peak_memory() - before < size / 3
+
+
+# --- an axis for the experts ----------------------------------------------------------------------------------------
+
+
+def with_axis(found: dict[str, mx.array], last: bool, renamed: bool, rank: int = 2) -> dict[str, mx.array]:
+    """PEFT's matrices of fused experts as trainers on Megatron have them: with an axis for the experts.
+
+    Args:
+        last: whether it is the last one of B.
+        renamed: whether the tensors go by the names of parameters.
+    """
+    changed = {}
+    for name, array in found.items():
+        if ".mlp.experts." in name:
+            experts = array.shape["lora_B" in name] // rank
+            if "lora_A" in name:
+                array = array.reshape(experts, rank, -1)
+            else:
+                array = array.reshape(-1, rank, experts)
+                array = array if last else array.transpose(2, 0, 1)
+            if renamed:
+                name = name.replace("experts.lora", "experts.down_proj.lora")
+                name = name.replace("experts.base_layer.lora", "experts.gate_up_proj.lora")
+        changed[name] = mx.contiguous(array)
+    return changed
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["wrapped", "by-parameter"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_an_adapter_with_an_axis_for_the_experts_is_converted_exactly(last, renamed, tmp_path):
+    folder = copied(tmp_path, change=lambda found: with_axis(found, last, renamed))
+    out = converted(folder, tmp_path, None)
+    assert equal(tensors(out), tensors(converted(ADAPTERS / "experts", tmp_path, None)))
+    if HOST >= (0, 28, 3):
+        assert error(adapted(out), ADAPTERS / "experts") < 1e-4
+
+
+def test_projections_of_all_experts_may_be_apart(tmp_path):
+    def change(found):
+        changed = {}
+        for name, array in with_axis(found, False, True).items():
+            if ".gate_up_proj." not in name:
+                changed[name] = array
+                continue
+            halves = mx.split(array, 2, axis=1) if "lora_B" in name else (array, array)
+            for half, part in zip(("gate_proj", "up_proj"), halves, strict=True):
+                changed[name.replace("gate_up_proj", half)] = mx.contiguous(part)
+        return changed
+
+    out = converted(copied(tmp_path, change=change), tmp_path, None)
+    assert equal(tensors(out), tensors(converted(ADAPTERS / "experts", tmp_path, None)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b: (a, b[:-1]),
+        lambda a, b: (a[:-1], b),
+        lambda a, b: (a, b[..., :-1]),
+        lambda a, b: (a[:, :-1], b),
+        lambda a, b: (a[0], b),
+        lambda a, b: (a, b[0]),
+        lambda a, b: (a[:1], b),
+    ],
+)
+@pytest.mark.parametrize("renamed", [False, True])
+def test_matrices_with_such_an_axis_have_to_belong_together(renamed, change, tmp_path):
+    def changed(found):
+        found = with_axis(found, False, renamed)
+        names = [
+            name for name in found if ".layers.0.mlp.experts." in name and ("base_layer" in name or "gate_up" in name)
+        ]
+        pair = change(*(found[name] for name in sorted(names)))
+        return found | dict(zip(sorted(names), map(mx.contiguous, pair), strict=True))
+
+    message = refusal(copied(tmp_path, change=changed), tmp_path)
+    assert "expected lora_A [experts, 2, in] and lora_B [experts, out, 2] or [out, 2, experts]" in message
+
+
+def test_which_axis_has_the_experts_is_not_guessed(tmp_path):
+    shape = {"lora_A": (2, 2, 40), "lora_B": (2, 2, 2)}
+    folder = copied(
+        tmp_path,
+        change=lambda found: {
+            f"{LAYER.format(0)}mlp.experts.down_proj.{kind}.weight": mx.ones(each) for kind, each in shape.items()
+        },
+    )
+    assert "[experts, out, 2] or [out, 2, experts]" in refusal(folder, tmp_path, None)

@@ -49,7 +49,10 @@ FIELDS = [
     ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj: expected a number"),
     ({"rank_pattern": {"(": 4}}, "rank_pattern: expected names, or simple regular expressions"),
     ({"rank_pattern": {"(a+)+b": 4}}, "rank_pattern: expected names, or simple regular expressions"),
-    ({"rank_pattern": {".*.*.*.*.*x": 4}}, "expected names, or simple regular expressions"),
+    ({"rank_pattern": {"(?i)Q_PROJ": 4}}, "expected names, or simple regular expressions"),
+    ({"rank_pattern": {r"(.*)\1": 4}}, "expected names, or simple regular expressions"),
+    ({"lora_alpha": 10**400}, "lora_alpha: expected a number"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern.q_proj: expected a number"),
     ({"auto_mapping": 3}, "auto_mapping: expected an object"),
     ({"lora_B_layout": "diagonal"}, "lora_B_layout: expected rank_major or grouped_by_expert"),
 ]
@@ -215,6 +218,21 @@ def test_dora_of_embeddings_is_refused(tmp_path):
 def test_whole_weights_of_mlx_lm_are_refused(tmp_path):
     change = added("language_model.model.norm.weight", 40)
     assert "norm.weight: expected lora_a" in refusal(copied(tmp_path, "trained_lora/mlx", change), tmp_path)
+
+
+TINKER = ["model.layers.0.mlp.experts.w1.lora_A.weight", "model.unembed_tokens.lora_B.weight"]
+
+
+@pytest.mark.parametrize("name", TINKER)
+def test_an_adapter_as_tinker_downloads_it_is_refused_with_the_function_that_converts_it(name, tmp_path):
+    """Its config says neither `peft_type` nor anything else of PEFT."""
+    folder = copied(tmp_path, change=added(f"base_model.model.{name}", 1, 2, 40))
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 1, "r": 2}')
+    message = refusal(folder, tmp_path)
+    assert message.startswith(
+        f"base_model.model.{name}: expected an adapter of PEFT, found one as Tinker downloads it."
+    )
+    assert "tinker_cookbook.weights.build_lora_adapter" in message
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

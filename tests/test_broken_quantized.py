@@ -56,7 +56,7 @@ from support.changes import (
             without("quantization_config"),
             [
                 "qweight",
-                "auto-round, awq, gguf, gptq or",
+                "auto-round, awq, gguf, gptq, ",
                 "found nothing",
                 "config.json that the quantization tool wrote",
             ],
@@ -65,7 +65,13 @@ from support.changes import (
         pytest.param(
             "awq-g32-bf16",
             quantization(quant_method="sinq"),
-            ["quant_method", "awq, ", "fp8, gguf, gptq, ", '"sinq"', "mlx_lm.convert -q"],
+            [
+                "quant_method",
+                "awq, ",
+                "compressed-tensors, fbgemm_fp8, fp8, gguf, gptq, ",
+                '"sinq"',
+                "mlx_lm.convert -q",
+            ],
             id="unknown-method",
         ),
         pytest.param(

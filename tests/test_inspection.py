@@ -157,8 +157,8 @@ def test_every_tensor_of_every_fixture_is_accounted_for(folder):
     assert report["tensors"]["unknown"] == []
     assert report["tensors"]["kept"] + report["tensors"]["dropped"] == names
     assert report["layout"] != "no experts"
-    if folder.name != "fp8-cast":  # only its dtypes tell, and nothing describes it
-        assert (report["quantization"] != "none") == (folder.parent == QUANTIZED or folder.name.endswith("4bit"))
+    described = folder.name.endswith("4bit") or (folder.parent == QUANTIZED and folder.name != "fp8-cast")
+    assert (report["quantization"] != "none") == described
     assert re.match(r"needs [\d.]+ MB; this machine has \d+\.\d\n\n", render(report))
 
 

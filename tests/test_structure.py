@@ -11,7 +11,8 @@ from support import ROOT
 
 PACKAGE = ROOT / "mlx_lm_qwen3vlmoe"
 FLOORS = (  # from the ground: a folder, or a module of the root, imports from the floors below its own alone
-    ("__init__", "errors", "registry"),
+    ("__init__", "registry", "terminal"),
+    ("errors",),
     ("runtime",),
     ("discovery", "fields", "quantization"),
     ("config",),

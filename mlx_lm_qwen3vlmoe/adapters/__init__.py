@@ -6,6 +6,7 @@ Data flows from files to a form of its own (`lora.Adapter`), and from there to f
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import CheckpointError, series
@@ -31,9 +32,11 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
     Raises:
         CheckpointError: the adapter is broken, or there is something in it that the other format cannot hold.
     """
-    folder = _found(adapter)
+    save_path = os.path.expanduser(save_path)
+    folder = _found(os.path.expanduser(adapter))
     from_peft = _is_peft(folder)
-    base = Base(model or _named(folder, "base_model_name_or_path" if from_peft else "model"))
+    named = os.path.expanduser(model) if model else None
+    base = Base(named or _named(folder, "base_model_name_or_path" if from_peft else "model"))
     found = peft.read(folder, base) if from_peft else mlx.read(folder)
     found.base = base.name
     found.modules = {path: found.modules[path] for path in sorted(found.modules, key=layer_order)}

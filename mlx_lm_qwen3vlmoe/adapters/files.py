@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, shown
 from ..files.headers import read_header
-from ..files.writing import no_space
+from ..files.reading import read_json
+from ..files.writing import no_space, sync
 
 CONFIG = "adapter_config.json"
 _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
@@ -38,13 +39,15 @@ def as_in_file(names: dict[str, str]) -> Iterator[None]:
 def read_config(folder: Path) -> dict[str, Any]:
     found: str
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         if isinstance(config, dict):
             return config
         found = f"{shown(config)}, which is no object"
     except FileNotFoundError:
         found = "no such file"
-    except (OSError, ValueError, RecursionError) as e:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as e:
         found = f"what cannot be read ({e})"
     raise CheckpointError(folder, CONFIG, found, "Download or save the adapter again.")
 
@@ -52,6 +55,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_tensors(file: Path) -> dict[str, mx.array]:
     """The tensors of a file; none is in memory before it is evaluated."""
     header, end = read_header(file)
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        remedy = "MLX cannot open it. Rename the folder."
+        raise CheckpointError(file, "a path in UTF-8", "another", remedy) from None
     try:
         if (size := file.stat().st_size) < end:  # which older MLX does not look at
             raise ValueError(f"{size} of its {end} bytes")
@@ -83,4 +91,7 @@ def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[st
         for path in list(tensors):
             plain: Any = mx.contiguous(tensors.pop(path).flatten()).view(mx.uint8)  # bfloat16 is no type of Python's
             file.write(memoryview(plain))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        sync(file)
+    with (folder / CONFIG).open("wb") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
+        sync(file)

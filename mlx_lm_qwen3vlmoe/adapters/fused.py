@@ -141,6 +141,20 @@ def _stacked(pair: Pair, over_in: bool, blocks: bool) -> tuple[mx.array, mx.arra
     return (first, second) if over_in else (second.swapaxes(1, 2), first.swapaxes(1, 2))
 
 
+def by_expert(module: str, a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """``a [E, r, in]`` and ``b [E, out, r]`` of matrices with an axis for the experts, which in B is first or last.
+
+    So do trainers on Megatron have them: Megatron-Bridge and SkyRL. Raises `CheckpointError`.
+    """
+    experts = a.shape[0]
+    if a.ndim == b.ndim == 3 and a.shape[1] == rank:
+        first, last = (b.shape[0], b.shape[2]) == (experts, rank), b.shape[1:] == (rank, experts)
+        if first != last:
+            return a, b if first else b.transpose(2, 0, 1)
+    expected = f"lora_A [experts, {rank}, in] and lora_B [experts, out, {rank}] or [out, {rank}, experts]"
+    raise broken(module, f"{expected}, by r and rank_pattern", f"{list(a.shape)} and {list(b.shape)}")
+
+
 def join(gate: Lora | None, up: Lora | None, shared: bool) -> Lora:
     """The change of ``gate_up_proj``, stacked, of those of gate and up, or of one of the two alone.
 
@@ -161,6 +175,6 @@ def join(gate: Lora | None, up: Lora | None, shared: bool) -> Lora:
     return gate._replace(a=mx.concatenate([gate.a, up.a], axis=1), b=mx.concatenate([right, left], axis=1))
 
 
-def flat(lora: Lora) -> tuple[mx.array, mx.array]:
+def flat(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
     """``lora_A [r·E, in]`` and ``lora_B [out, r·E]`` of a stacked change, as PEFT ≥ 0.19.1 has them."""
-    return lora.a.flatten(0, 1), lora.b.transpose(1, 2, 0).flatten(1, 2)
+    return a.flatten(0, 1), b.transpose(1, 2, 0).flatten(1, 2)

@@ -7,6 +7,7 @@
 | ``lora_embedding_A [r, V]``, ``lora_embedding_B [H, r]`` | the embeddings                                           |
 | ``mlp.experts.lora_A.weight``, ``….lora_B.weight``       | a fused parameter: see `fused`                           |
 | ``mlp.experts.base_layer.lora_A.weight``, …              | ``gate_up_proj``, where ``down_proj`` is adapted as well |
+| ``mlp.experts.gate_up_proj.lora_A.weight [E, r, in]``, … | gate, up or down of all experts: see `fused.by_expert`   |
 | ``mlp.gate.lora_A.weight``, ``….lora_B.weight``          | the router: a module in transformers 4.57, or a parameter|
 
 Names begin as those of checkpoints do, after PEFT's ``base_model.model.``, which ms-swift's own format leaves out; a
@@ -23,7 +24,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, series, shown
+from ..errors import CheckpointError, series, shortened, shown
+from ..files.headers import read_header
 from ..layouts.names import EMBEDDINGS, NUMBER
 from ..layouts.stacking import PROJECTIONS
 from . import fused
@@ -41,6 +43,8 @@ _TENSOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)
 _COPY = re.compile(r"(?:.+\.)?(?:embed_tokens|lm_head)\.base_layer\.weight")
 _SINGLE = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down)_proj)")
 _FUSED = re.compile(r"(.+\.mlp)\.experts(\.base_layer)?")
+_STACKED = re.compile(r"(.+\.mlp)\.experts\.((?:gate_up|gate|up|down)_proj)")
+_TINKER = re.compile(r"\.experts\.w[123]\.lora_|(?:^|\.)unembed_tokens\.lora_")
 
 Parts = dict[str, mx.array]  # A, B or magnitude_vector → array
 
@@ -61,6 +65,7 @@ class Module(NamedTuple):
 
 def read(folder: Path, base: Base) -> Adapter:
     """Read an adapter that PEFT, or a trainer that builds on it, saved; raises `CheckpointError`."""
+    _refuse_tinker(read_header(folder / FILE)[0])
     config = PeftConfig(folder)
     tensors = read_tensors(folder / FILE)
     modules = _by_module(tensors)
@@ -72,11 +77,17 @@ def read(folder: Path, base: Base) -> Adapter:
     return adapter
 
 
+def _refuse_tinker(tensors: Iterable[str]) -> None:
+    if tensor := next((name for name in tensors if _TINKER.search(name)), None):
+        remedy = "Convert it with tinker_cookbook.weights.build_lora_adapter, and then what that writes."
+        raise CheckpointError(tensor, "an adapter of PEFT", "one as Tinker downloads it", remedy)
+
+
 def _names(modules: dict[str, Module]) -> dict[str, str]:
     """Path in the host's model → the module's name in the file, of stacked experts that of the first."""
     names = {path: module.stored for path, module in modules.items()}
     for path, module in modules.items():
-        single, several = _SINGLE.fullmatch(path), _FUSED.fullmatch(path)
+        single, several = _SINGLE.fullmatch(path), _FUSED.fullmatch(path) or _STACKED.fullmatch(path)
         for projection in [single[3]] if single else PROJECTIONS if several else []:
             names.setdefault(f"{path.partition('.experts')[0]}.switch_mlp.{projection}", module.stored)
     return names
@@ -88,6 +99,8 @@ def _fill(adapter: Adapter, modules: dict[str, Module], config: PeftConfig, base
         if match := _SINGLE.fullmatch(path):
             experts = single.setdefault(f"{match[1]}.switch_mlp.{match[3]}", {})
             experts[int(match[2])] = _change(path, module, config)
+        elif match := _STACKED.fullmatch(path):
+            adapter.modules |= _with_axis(match[1], match[2], module, config)
         elif not _FUSED.fullmatch(path):
             adapter.modules[path] = _change(path, module, config)
     known = sizes(adapter.modules)
@@ -152,7 +165,7 @@ def _announce_left_out(tensors: dict[str, mx.array]) -> None:
     if vision := {name for name in names.values() if host_path(name) is None}:
         logger.warning("Left out: the adapters of %d vision layers, which a text model has no use for.", len(vision))
     if copies := [tensor for tensor, name in names.items() if name not in vision and _COPY.fullmatch(name)]:
-        logger.warning("Left out: %s, which PEFT copies from the base model.", ", ".join(copies))
+        logger.warning("Left out: %s, which PEFT copies from the base model.", ", ".join(map(shortened, copies[:5])))
 
 
 def _change(path: str, module: Module, config: PeftConfig) -> Lora:
@@ -172,6 +185,25 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     if not _SINGLE.fullmatch(path):
         check_shapes(path, lora)
     return lora
+
+
+def _with_axis(mlp: str, projection: str, module: Module, config: PeftConfig) -> dict[str, Lora]:
+    """The changes of all experts of a layer, which have an axis of their own in both matrices."""
+    rank, scale = config.rank_and_scale(module.name)
+    a, b = fused.by_expert(module.stored, *_both(module, projection), rank)
+    if projection != GATE_UP:
+        return {f"{mlp}.switch_mlp.{projection}": Lora(a, b, scale)}
+    if b.shape[1] % 2:
+        raise broken(module.stored, "the outputs of gate and up, as many of each", f"{b.shape[1]} of both")
+    halves = zip(("gate_proj", "up_proj"), mx.split(b, 2, axis=1), strict=True)
+    return {f"{mlp}.switch_mlp.{half}": Lora(a, part, scale) for half, part in halves}
+
+
+def _both(module: Module, what: str) -> tuple[mx.array, mx.array]:
+    """The two matrices of a module that has no other tensors."""
+    if module.parts.keys() != {"A", "B"}:
+        raise broken(module.stored, f"lora_A and lora_B of {what}", _listed(module.parts))
+    return module.parts["A"], module.parts["B"]
 
 
 def _listed(kinds: Iterable[str]) -> str:
@@ -215,9 +247,9 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
             targets = "as many adapters of experts as target_parameters names gate_up_proj and down_proj"
             raise broken(module.stored, targets, f"target_parameters {shown(config.parameters)}")
         rank, scale = config.rank_and_scale(f"{module.name}.{name}")
-        if module.parts.keys() != {"A", "B"}:
-            raise broken(module.stored, f"lora_A and lora_B of {name}", _listed(module.parts))
-        a, b = module.parts["A"], module.parts["B"]
+        a, b = _both(module, name)
+        if 3 in (a.ndim, b.ndim) and not config.in_blocks:
+            a, b = fused.flat(*fused.by_expert(module.stored, a, b, rank))
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
             shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name}, by r and rank_pattern"
             raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")

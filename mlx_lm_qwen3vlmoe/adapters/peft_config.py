@@ -9,14 +9,15 @@ Source: ``tuners/lora/config.py`` of PEFT 0.17.0 to 0.21.2.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, series
-from ..quantization.patterns import pattern
+from ..errors import series
 from .fields import Fields
 from .files import read_config
 from .lora import MERGE
+from .patterns import Pattern
 
 _INITIAL = ("gaussian", "eva", "orthogonal")  # which leave the base model as it is
 _REFUSED = {  # fields that have to be empty, and why
@@ -64,18 +65,16 @@ class PeftConfig(Fields):
         self.ranks = self._patterns("rank_pattern", Fields.integer)
         self.alphas = self._patterns("alpha_pattern", Fields.number)
 
-    def _patterns(self, field: str, read: Any) -> dict[str, Any]:
+    def _patterns(self, field: str, read: Any) -> list[tuple[Pattern, Any]]:
         values = Fields(self.object(field, {}), f"{field}.")
-        for key in values.values:
-            self._check_pattern(field, key)
-        return {key: read(values, key) for key in values.values}
-
-    def _check_pattern(self, field: str, key: str) -> None:
-        try:
-            pattern(field, _at_end(key))
-        except CheckpointError as error:
-            reason = error.args[1].removeprefix("a regular expression")
-            raise self.error(field, f"names, or simple regular expressions{reason}", key) from None
+        patterns = []
+        for text in values.values:
+            try:
+                pattern = Pattern(text)
+            except (ValueError, re.error):
+                raise self.error(field, "names, or simple regular expressions", text) from None
+            patterns.append((pattern, read(values, text)))
+        return patterns
 
     def targets(self, parameter: str) -> bool:
         """Whether ``target_parameters`` names a parameter, by its whole name or by the end of it."""
@@ -100,14 +99,9 @@ class PeftConfig(Fields):
         return layout == _LAYOUTS[1] if layout else None if mapping.get("unsloth_fixed") else False
 
 
-def _matching(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def _matching(patterns: list[tuple[Pattern, Any]], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a name, or all of it."""
-    return next((value for key, value in patterns.items() if pattern("", _at_end(key)).match(name)), default)
-
-
-def _at_end(key: str) -> str:
-    """As PEFT matches it."""
-    return rf"(.*\.)?({key})$"
+    return next((value for pattern, value in patterns if pattern.matches(name)), default)
 
 
 def write_config(base: str | None, dropout: float, dora: bool, **fields: Any) -> dict[str, Any]:

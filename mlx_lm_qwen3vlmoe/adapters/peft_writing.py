@@ -87,7 +87,7 @@ def _experts(adapter: Adapter, probe: Adapter) -> Iterator[Target]:
         for parameter, lora in joined.items():
             experts = f"{module_name(mlp)}.experts"
             where = f"{experts}.base_layer" if len(joined) == 2 and parameter == GATE_UP else experts
-            a, b = fused.flat(lora)
+            a, b = fused.flat(lora.a, lora.b)
             tensors = {f"{where}.lora_A.weight": a, f"{where}.lora_B.weight": b}
             yield Target(f"{experts}.{parameter}", True, lora, tensors)
 

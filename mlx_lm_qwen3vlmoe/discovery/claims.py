@@ -10,6 +10,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 from .. import __version__, registry
+from ..errors import config_error
 
 NAME = "mlx-lm-qwen3vlmoe"
 PACKAGE = __package__.rpartition(".")[0]
@@ -60,3 +61,18 @@ def renamed_by_class(model_type: str) -> dict[str, str]:
 
     remapping = getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {})
     return {name: module for (of, name), module in remapping.items() if of == model_type}
+
+
+def check_classes(config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` for ``architectures`` that the host cannot read, or by which it loads another type."""
+    from mlx_lm import utils
+
+    classes = config.get("architectures")
+    try:
+        utils._get_classes({"model_type": "qwen3_moe", "architectures": classes})
+    except TypeError:
+        raise config_error("architectures", "a list of names", classes) from None
+    by_class = renamed_by_class(config["model_type"])
+    for name in [classes] if isinstance(classes, str) else classes or ():
+        if other := by_class.get(name):
+            raise config_error("architectures", f"no class that mlx-lm loads as {other}", classes)

@@ -11,43 +11,75 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..discovery.claims import MODEL_TYPES, own_module
-from ..errors import CheckpointError, series, shown
+from ..errors import LARGEST, CheckpointError, series, shown
+from .reading import check_file, read_json
 
-CONFIGS = ["config.json", "hf_quant_config.json"]
-_INDEX = "model.safetensors.index.json"
+CONFIGS = ["config.json", "generation_config.json", "hf_quant_config.json"]  # which the host reads
+BESIDE = ["jang_config.json"]  # what tells of a tensor that it is not what it seems
+INDEX = "model.safetensors.index.json"
+LOADED = "model*.safetensors"  # what the host looks for
+AGAIN = "Download the file again."
+_LONGEST = 1000  # no tensor's name has a third of that
+_FARTHEST = 1 << 43  # 9 TB, and within what a file system takes for the size of a file
 Header = dict[str, dict[str, Any]]  # tensor → dtype, shape and data_offsets, as the format has them
 
 
 def local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
     """The headers of the files that the host would load; a file that is cut short is worth a note."""
     headers = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        headers[path.name], end = read_header(path)
+    for name in sorted(os.listdir(folder)):
+        if not fnmatchcase(name, LOADED):
+            continue
+        path = folder / name
+        headers[name], end = read_header(path)
         if (size := path.stat().st_size) < end:
             notes.append(f"{path.name}: {end - size} of its {end} bytes are missing: it will not load as it is")
     if not headers:
-        raise CheckpointError(folder, "model*.safetensors", "no such file", "Is the download complete?")
+        others = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
+        if others:
+            remedy = "mlx-lm looks for no others. Rename them, if they are a checkpoint and no adapter."
+            raise CheckpointError(folder, LOADED, series(others[:5], "and"), remedy)
+        raise CheckpointError(folder, LOADED, "no such file", "Is the download complete?")
     return headers
 
 
 def read_header(path: Path) -> tuple[Header, int]:
     """The header of a file, and how many bytes the whole file has by it; raises `CheckpointError`."""
+    check_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, 100_000_000))  # the format's own limit
     try:
         header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        end = 8 + length + _data_size(header)
-        complete = all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-        complete = False
-    if not complete:
-        raise CheckpointError(path, "the header of a safetensors file", "something else", "Download the file again.")
-    return header, end
+    except (ValueError, AttributeError, RecursionError):
+        raise CheckpointError(path, "the header of a safetensors file", "something else", AGAIN) from None
+    for name, entry in header.items():
+        if len(name) > _LONGEST:
+            raise CheckpointError(f"{path}: {name}", f"a name of at most {_LONGEST} characters", len(name), AGAIN)
+        _check_entry(f"{path}: {name}", entry)
+    return header, 8 + length + _data_size(header)
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    """A tensor's description is of the types and within the sizes that a file can have."""
+    found: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = found.get("dtype"), found.get("shape"), found.get("data_offsets", [])
+    if not isinstance(dtype, str):
+        raise CheckpointError(f"{where}: dtype", "a text", shown(dtype), AGAIN)
+    if not _are_sizes(shape, LARGEST):
+        raise CheckpointError(f"{where}: shape", f"a list of sizes up to {LARGEST}", shown(shape), AGAIN)
+    if not _are_sizes(offsets, _FARTHEST) or len(offsets) != 2 or offsets != sorted(offsets):
+        expected = f"two positions up to {_FARTHEST}, the first one first"
+        raise CheckpointError(f"{where}: data_offsets", expected, shown(offsets), AGAIN)
+
+
+def _are_sizes(found: Any, most: int) -> bool:
+    return isinstance(found, list) and all(type(n) is int and 0 <= n <= most for n in found)
 
 
 def _data_size(header: Header) -> int:
@@ -55,8 +87,8 @@ def _data_size(header: Header) -> int:
     return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
-def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
-    """The folder of a checkpoint's config, and the headers of its files.
+def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header], list[str]]:
+    """The folder of a checkpoint's config, the headers of its files, and the names of all that lies beside them.
 
     Args:
         checkpoint: a folder, or a repository on the hub or in the hub's cache on this machine.
@@ -64,7 +96,7 @@ def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
     """
     folder = Path(os.path.expanduser(checkpoint))
     if folder.is_dir():
-        return folder, local_headers(folder, notes)
+        return folder, local_headers(folder, notes), sorted(os.listdir(folder))
     if folder.exists():
         raise CheckpointError(checkpoint, "a folder", "a file", "Name the folder that it is in.")
     if checkpoint[:1] in (".", "~", "/") or checkpoint.count("/") > 1 or checkpoint.endswith("/"):
@@ -72,22 +104,24 @@ def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
     return _hub_headers(checkpoint, notes)
 
 
-def _hub_headers(repository: str, notes: list[str]) -> tuple[Path, dict[str, Header]]:
+def _hub_headers(repository: str, notes: list[str]) -> tuple[Path, dict[str, Header], list[str]]:
     """The small files of a repository, and the headers of its large ones, by range requests if they are not cached."""
-    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub import get_safetensors_metadata, model_info
 
-    folder = hub_folder(repository, [*CONFIGS, _INDEX])
+    folder = hub_folder(repository, [*CONFIGS, INDEX, *BESIDE])
+    if _is_whole(folder):
+        return folder, local_headers(folder, notes), sorted(os.listdir(folder))
     with _reaching(repository):
-        files = {} if _is_whole(folder) else get_safetensors_metadata(repository).files_metadata
-    if not files:
-        return folder, local_headers(folder, notes)
-    return folder, {
-        name: {
-            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-            for tensor, info in file.tensors.items()
-        }
-        for name, file in files.items()
-    }
+        files = get_safetensors_metadata(repository).files_metadata
+        names = [file.rfilename for file in model_info(repository).siblings or []]
+    headers: dict[str, Header] = {}
+    for name, file in files.items():
+        headers[name] = {}
+        for tensor, info in file.tensors.items():
+            entry = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            _check_entry(f"{name}: {tensor}", entry)
+            headers[name][tensor] = entry
+    return folder, headers, sorted(names)
 
 
 def hub_folder(repository: str, names: list[str] | None = None) -> Path:
@@ -124,18 +158,32 @@ def _why_not(error: Exception) -> str:
 
 def _is_whole(folder: Path) -> bool:
     """Whether a folder of the hub's cache has every file with tensors."""
-    if not (folder / _INDEX).exists():
+    if not (folder / INDEX).exists():
         return (folder / "model.safetensors").exists()
-    names = json.loads((folder / _INDEX).read_text())["weight_map"].values()
-    return all((folder / name).exists() for name in names)
+    return all((folder / name).exists() for name in set(read_index(folder).values()))
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor → the file that it is in, by the index of a folder; raises `CheckpointError`."""
+    index = folder / INDEX
+    try:
+        files: dict[str, str] = dict(read_json(index)["weight_map"])
+        if all(isinstance(file, str) for file in files.values()):
+            return files
+        what = "one with other values than names of files"
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        what = f"what cannot be read ({type(e).__name__}: {e})"
+    raise CheckpointError(index, "a weight_map of tensors", what, AGAIN)
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The config as the host reads it, of a type of this package; errors have the name of the checkpoint."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
-            config["quantization_config"] = json.loads((folder / "hf_quant_config.json").read_text())
+            config["quantization_config"] = read_json(folder / "hf_quant_config.json")
+    except CheckpointError:
+        raise
     except (OSError, ValueError, TypeError) as e:
         what = "no such file" if isinstance(e, FileNotFoundError) else f"what cannot be read ({e})"
         remedy = "Is this the folder of a checkpoint? If so, download the file again."
@@ -153,6 +201,7 @@ def write_hollow(folder: Path, headers: dict[str, Header], target: Path) -> None
     """The checkpoint with holes in place of its tensors' data, which take no space on a disk."""
     for name in CONFIGS:
         if (folder / name).exists():
+            check_file(folder / name)
             shutil.copy(folder / name, target)
     for name, header in headers.items():
         text = json.dumps(header).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 
 from ..errors import CheckpointError, shown
-from .headers import Header
+from .headers import AGAIN, INDEX, Header, read_index
 
 # The format's names for what MLX has (https://github.com/huggingface/safetensors#format).
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 FLOATS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # and the bits of infinity
-_AGAIN = "Download the file again."
 _AT_ONCE = 32_000_000  # bytes
 
 
@@ -92,14 +90,14 @@ def find_tensors(folder: Path, headers: dict[str, Header]) -> dict[str, FileTens
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
         last = start
-        for tensor, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
-            begin, end = (start + offset for offset in _offsets(path, tensor, entry))
-            if begin < last or end < begin or end > size:
+        for tensor, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            if begin < last or end > size:
                 raise CheckpointError(
                     f"{path}: {tensor}",
                     f"data of its own within the {size} bytes of the file",
                     f"bytes {begin} to {end}, after others up to {last}",
-                    _AGAIN,
+                    AGAIN,
                 )
             if tensor in found:
                 raise CheckpointError(
@@ -114,36 +112,22 @@ def find_tensors(folder: Path, headers: dict[str, Header]) -> dict[str, FileTens
     return found
 
 
-def _offsets(path: Path, tensor: str, entry: dict[str, Any]) -> tuple[int, int]:
-    offsets = entry["data_offsets"]
-    if isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets):
-        return offsets[0], offsets[1]
-    raise CheckpointError(f"{path}: {tensor}: data_offsets", "two positions", shown(offsets), _AGAIN)
-
-
 def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[int, ...]:
     shape, dtype = entry["shape"], entry["dtype"]
-    good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
-    if good and (dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size):
+    if dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size:
         return tuple(shape)
     found = f"the shape {shown(shape)} of {shown(dtype)}"
-    raise CheckpointError(f"{path}: {tensor}", f"a shape of {size} bytes", found, _AGAIN)
+    raise CheckpointError(f"{path}: {tensor}", f"a shape of {size} bytes", found, AGAIN)
 
 
 def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not (folder / INDEX).exists():
         return
-    try:
-        files: dict[str, Any] = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, TypeError, KeyError) as e:
-        what = f"what cannot be read ({type(e).__name__}: {e})"
-        raise CheckpointError(index, "a weight_map of tensors", what, _AGAIN) from e
-    for tensor, file in files.items():
+    for tensor, file in read_index(folder).items():
         where = found[tensor].file.name if tensor in found else None
         if file != where:
             remedy = "Download the file that is missing."
             if where:
                 remedy = "Is the index of another checkpoint? Download it again, or remove it."
             expected = f"in {shown(file)}, as the index says"
-            raise CheckpointError(f"{index.name}: {tensor}", expected, f"in {where}" if where else "nowhere", remedy)
+            raise CheckpointError(f"{INDEX}: {tensor}", expected, f"in {where}" if where else "nowhere", remedy)

@@ -96,11 +96,16 @@ def _arrays(model: Any) -> list[tuple[str, mx.array, dict[str, Any] | None]]:
 
 
 def cache_sizes(model: Any, context: int) -> list[int]:
-    """The size of every layer's cache after a prompt, which is never computed."""
+    """The size of every layer's cache after a prompt, which is never computed.
+
+    The host makes room for a number of tokens at a time, so that one such step tells, however long the context is.
+    """
     cache = make_prompt_cache(model)
+    step = getattr(cache[0], "step", 256)
+    length = min(context, step)
     with parallel.without_global_scales(model):  # which a device that is not here may take
-        model(mx.zeros((1, context), mx.int32), cache=cache)
-    return [layer.keys.nbytes + layer.values.nbytes for layer in cache]
+        model(mx.zeros((1, length), mx.int32), cache=cache)
+    return [(layer.keys.nbytes + layer.values.nbytes) * -(-context // length) for layer in cache]
 
 
 def shares(model: Any, ranks: int, cache: list[int]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from mlx_lm.utils import load_model
 
 from .. import quantization
 from ..config import ModelArgs
-from ..discovery.claims import PACKAGE
-from ..errors import CheckpointError
+from ..discovery.claims import PACKAGE, check_classes
+from ..errors import CheckpointError, shortened
 from ..files.headers import Header, find, read_config, write_hollow
 from ..layouts.experts import ONE_BY_ONE, layout_of
 from ..layouts.names import host_name, layer_and_suffix
@@ -28,7 +28,12 @@ from ..model import Model
 from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime import parallel
 from ..runtime.backend import device, planned
+from ..terminal import printable
 from . import planning
+from .surroundings import check_dtypes, check_place, check_rotation, surroundings
+
+# What a load raises for a checkpoint that is broken: this package, or the host where it stops first.
+FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def inspect(
@@ -49,7 +54,7 @@ def inspect(
             ``report["error"]`` tells why.
     """
     notes: list[str] = []
-    folder, headers = find(checkpoint, notes)
+    folder, headers, names = find(checkpoint, notes)
     tensors = {name: entry for header in headers.values() for name, entry in header.items()}
     config = read_config(folder, checkpoint)
     counts, layers = _sorted_out(tensors)
@@ -62,6 +67,7 @@ def inspect(
         "error": None,
         "notes": notes,
     }
+    notes += surroundings(names, headers)
     with planned(mx.Device(getattr(mx, on)) if on else None):
         report |= {"device": "CPU" if device() == mx.cpu else "GPU", **planning.machine(device())}
         try:
@@ -69,23 +75,31 @@ def inspect(
             layout = layout_of(layers, text if isinstance(text, dict) else config)
             report["layout"] = layout.name if layout else "no experts"
             report["quantization"] = _quantization(config, layers)
+            check_place(folder, headers)
+            check_rotation(folder)
             with _noting(notes if bits is None else []):
                 model, config = hollow_model(folder, headers)
             if bits is not None:
                 scattered = report["quantization"] != "none" and layout in ONE_BY_ONE
                 model, report["convert_bytes"] = _converted(model, config, bits, scattered)
             report |= _plan(model, ranks, context)
-        # of the package, or of the host where it stops first
-        except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        except FAILURES as e:
             report["error"] = described(e)
     return report
 
 
 def hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[str, Any]]:
     """The model and its config as the host's own loader has them, of arrays that have no data."""
+    check_dtypes(headers)
     with tempfile.TemporaryDirectory() as hollow:
         write_hollow(folder, headers, Path(hollow))
-        return load_model(Path(hollow), lazy=True, get_model_classes=lambda config: (Model, ModelArgs))
+        return load_model(Path(hollow), lazy=True, get_model_classes=_classes)
+
+
+def _classes(config: dict[str, Any]) -> tuple[type, type]:
+    """This package's, where the host would come to ask for them."""
+    check_classes(config)
+    return Model, ModelArgs
 
 
 def described(error: Exception) -> str:
@@ -146,7 +160,7 @@ def _sorted_out(tensors: Header) -> tuple[dict[str, Any], dict[str, dict[str, An
         try:
             target = host_name(name)
         except CheckpointError:
-            unknown.append(name)
+            unknown.append(shortened(name))
             continue
         path, suffix = layer_and_suffix(target or name)
         taken = target is not None and suffix not in quantization.IGNORED
@@ -168,7 +182,7 @@ def render(report: dict[str, Any]) -> str:
         *(("", name) for name in tensors["unknown"][:5]),
     ]
     if report["error"]:
-        return _aligned([*lines, ("loads", f"no: {report['error']}")])
+        return _aligned([*lines, ("loads", f"no: {report['error']}"), *(("note", note) for note in report["notes"])])
     lines.append(("loads", f"yes, for the {report['device']}" + ", once it is complete" * (not report["complete"])))
     lines.append(("weights", _size(report["weights_bytes"])))
     lines += [("", f"{_size(size)} {name}") for name, size in report["formats"].items()]
@@ -199,7 +213,7 @@ def _needs(report: dict[str, Any]) -> str:
 
 
 def _aligned(lines: list[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<13} {text}" for name, text in lines)
+    return "\n".join(f"{name:<13} {printable(text)}" for name, text in lines)
 
 
 def _size(size: int) -> str:

@@ -28,14 +28,14 @@ ALIASES: dict[str, str] = {
     "scale_input": "input_scale",
 }
 
-_BY_END: dict[str, list[str]] = {}
+LAST_PARTS: dict[str, list[str]] = {}  # of a suffix, where a name is cut at its last period → aliases
 for _alias in ALIASES:
-    _BY_END.setdefault(_alias.rpartition(".")[2], []).append(_alias)
+    LAST_PARTS.setdefault(_alias.rpartition(".")[2], []).append(_alias)
 
 
 def known_suffix(layer: str, suffix: str) -> tuple[str, str]:
     """A tensor's path and suffix, cut at the last period → those that the families know; the same for all others."""
-    for alias in _BY_END.get(suffix, ()):
+    for alias in LAST_PARTS.get(suffix, ()):
         rest = alias[: -len(suffix) - 1]  # what the cut left with the path
         if not rest:
             return layer, ALIASES[alias]

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from ..errors import CheckpointError, MissingTensorError
-from .aliases import known_suffix
+from .aliases import LAST_PARTS, known_suffix
 
 MODEL_PREFIX = "language_model.model."
 EMBEDDINGS = f"{MODEL_PREFIX}embed_tokens"
@@ -32,7 +32,8 @@ _TEXT = re.compile(
 )
 _VISION = re.compile(r"(?:model\.)?(?:visual|vision_tower)\.")
 # Rotary frequencies are computed, and the router has no bias: some exports invent one. ComfyUI marks files in FP8.
-_MEANINGLESS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.mlp\.gate\.bias|scaled_fp8")
+_MEANINGLESS = (".rotary_emb.inv_freq", ".mlp.gate.bias")
+_MARKER = "scaled_fp8"
 # PyTorch's wrappers name themselves where they wrap; those of all the model stand in front, as does PEFT's.
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.|_fpw_module\.")
 _OUTER = re.compile(r"^(?:module\.)*(?:base_model\.model\.)?(?:module\.)*")
@@ -78,11 +79,11 @@ def host_name(name: str) -> str | None:
     wrapped = "_orig_mod." in name or "_module." in name
     match = None if wrapped else _TEXT.fullmatch(name)
     if not match and not (match := _TEXT.fullmatch(plain := unwrapped(name))):
-        if _VISION.match(plain) or _MEANINGLESS.fullmatch(plain):
+        if _VISION.match(plain) or plain.endswith(_MEANINGLESS) or plain == _MARKER:
             return None
         raise stranger(name)
     text = match[1]
-    if _MEANINGLESS.fullmatch(text):
+    if text.endswith(_MEANINGLESS):
         return None
     if ".experts." in text:
         text = _PLURAL.sub(r".experts.\2.\1_proj.", _PROJECTION_FIRST.sub(r".experts.\2.\1.", text))
@@ -120,7 +121,7 @@ def layer_and_suffix(name: str) -> tuple[str, str]:
     if ".weight." in name:  # bitsandbytes
         layer, _, suffix = name.partition(".weight.")
         return layer, f"weight.{suffix}"
-    return known_suffix(layer, suffix)
+    return known_suffix(layer, suffix) if suffix in LAST_PARTS else (layer, suffix)
 
 
 def tensor_name(path: str, suffix: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from .. import quantization
 from ..errors import CheckpointError
 from ..files.headers import CONFIGS, hub_folder, local_headers, read_config
 from ..files.tensors import FLOATS, find_tensors, row_ranges
-from ..inspection.report import described, hollow_model
+from ..inspection.report import FAILURES, described, hollow_model
+from ..inspection.surroundings import check_rotation
 from ..layouts.names import EMBEDDINGS, HEAD
 from ..quantization import Parameters
 from ..quantization.description import foreign_quantization, own_quantization
@@ -21,6 +23,7 @@ from ..runtime.backend import planned
 from ..sanitize import by_layer, rename, unsanitize
 
 _ADAPTERS = ("adapters.safetensors", "adapter_config.json", "adapter_model.safetensors")
+_MOST = 10_000  # files and folders; links can make any number of a few
 _OFFICIAL = re.compile(r"Qwen3-VL-\d+B-A\d+B-(?:Instruct|Thinking)")
 
 
@@ -43,7 +46,7 @@ class Checkpoint:
         with planned():
             try:
                 self.model, _ = hollow_model(folder, headers)
-            except (ValueError, KeyError, TypeError, RuntimeError) as e:  # of the package, or of the host
+            except FAILURES as e:
                 raise CheckpointError(f"{folder} does not load: {described(e)}") from e
 
     def refuse(self) -> None:
@@ -76,6 +79,7 @@ class Tuned(Checkpoint):
         }
 
     def refuse(self) -> None:
+        check_rotation(self.folder)
         if adapter := next((name for name in self.tensors if "lora_" in name), None):
             raise _not_fused(f"{self.folder}: {adapter}")
         if foreign_quantization(self.config) is not None:
@@ -124,13 +128,35 @@ class Original(Checkpoint):
     def others(self) -> list[Path]:
         """All other files: config, processor, tokenizer, chat template, index. Not what tools hide (.git, .cache)."""
         found = []
-        for where, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [path for name in names if (path := Path(where, name)) not in self.files]
-        for path in found:
+        for number, (path, is_folder) in enumerate(_walk(self.folder, (self.folder.resolve(),))):
+            if number > _MOST:
+                remedy = "Are there links to folders? Remove them."
+                raise CheckpointError(self.folder, f"at most {_MOST} files and folders", "more", remedy)
+            if is_folder or path in self.files:
+                continue
             if not path.is_file():
                 raise CheckpointError(path, "a file", "none", "Is it a broken link? Download it again.")
+            found.append(path)
         return sorted(found)
+
+
+def _walk(folder: Path, inside: tuple[Path, ...]) -> Iterator[tuple[Path, bool]]:
+    """All that is below a folder, in linked folders too, but for folders that are hidden; and whether it is a folder.
+
+    Args:
+        folder: by the name that what is in it gets.
+        inside: the folders that lead to this one, and this one, without links.
+    """
+    for name in sorted(os.listdir(inside[-1])):  # raises `OSError` for what cannot be read
+        path, place = folder / name, inside[-1] / name
+        if not place.is_dir():
+            yield path, False
+        elif not name.startswith("."):
+            yield path, True
+            real = place.resolve() if place.is_symlink() else place
+            if real in inside:
+                raise CheckpointError(path, "a folder of its own", f"a link back to {real}", "Remove the link.")
+            yield from _walk(path, (*inside, real))
 
 
 def original_folder(name: str) -> Path:

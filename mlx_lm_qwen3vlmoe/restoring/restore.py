@@ -8,6 +8,7 @@ construction, and no more than some rows of a layer is in memory.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
     Raises:
         CheckpointError: the two do not fit, or one of them is not what is expected of it. Nothing is written then.
     """
+    tuned, original, save_path = map(os.path.expanduser, (tuned, original, save_path))
     if not Path(tuned).is_dir():
         remedy = "Name the folder of --save-path (fuse) or --mlx-path (convert)."
         raise CheckpointError(tuned, "a folder that mlx_lm.fuse or mlx_lm.convert wrote", "no such folder", remedy)

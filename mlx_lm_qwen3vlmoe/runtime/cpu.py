@@ -175,7 +175,8 @@ def _chosen(linear: nn.Module, x: mx.array, indices: mx.array, sorted_indices: b
 
 def _in_float32(linear: SwitchLinear, pairs: int, training: bool) -> Callable[..., mx.array]:
     """What multiplies 16-bit experts as `SwitchLinear` does, which MLX does in float32 only."""
-    _announce_cast(linear["weight"].dtype)
+    if not planning():
+        _announce_cast(linear["weight"].dtype)
     weight: mx.array = linear["weight"]
     turned = _turned(weight)
     rows = weight.swapaxes(-1, -2) if turned else weight  # as it lies in memory: a copy in another order is slow
