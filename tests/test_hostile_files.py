@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -238,16 +237,6 @@ def test_a_folder_that_cannot_be_read_is_no_success(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="secret"):
         restore(str(made), str(original), str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="no permission keeps root out")
-def test_a_folder_without_permission_is_one_line(tmp_path):
-    made, original = pair_in(tmp_path)
-    (original / "secret").mkdir(mode=0)
-    command = (sys.executable, "-m", "mlx_lm_qwen3vlmoe", "restore", made, "--original", original)
-    done = run(*command, "--save-path", tmp_path / "out", check=False)
-    assert done.returncode == 1
-    assert "Permission denied" in done.stderr.splitlines()[-1]
 
 
 def test_both_files_of_an_adapter_are_on_the_disk_before_their_folder_has_its_name(tmp_path, monkeypatch):
