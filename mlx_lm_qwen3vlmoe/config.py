@@ -157,8 +157,9 @@ def linear_shape(path: str, text: dict[str, Any]) -> tuple[int, int] | None:
 
     Some tools store weights flat, so that only the config can tell their shape before any value is read.
     """
-    outputs, *inputs = (math.prod(text[field] for field in axis.split(" * ")) for axis in axes(path) or ("head_dim",))
-    return (outputs, inputs[0]) if len(inputs) == 1 else None
+    one = path.replace("gate_up_proj", "up_proj")  # which has twice the outputs
+    outputs, *inputs = (math.prod(text[field] for field in axis.split(" * ")) for axis in axes(one) or ("head_dim",))
+    return (outputs * (1 + (one != path)), inputs[0]) if len(inputs) == 1 else None
 
 
 def axes(path: str) -> tuple[str, ...]:

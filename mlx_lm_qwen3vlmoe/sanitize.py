@@ -151,9 +151,12 @@ def decode_layers(layers: Layers, args: ModelArgs, complete: bool = True) -> dic
         description = CAST
     decoder = Decoder(description, own, args.text_config)
     others, found = gather(cut_merged(layers, args.text_config))
+    excused = () if complete else (MissingTensorError,)
+    for experts in found:
+        with contextlib.suppress(*excused):
+            experts.unfold(args.text_config["num_experts"], decoder)
     check_orientations(found, args.text_config)
     decoded: dict[str, Decoded] = {}
-    excused = () if complete else (MissingTensorError,)
     for path, tensors in others.items():
         with contextlib.suppress(*excused):
             decoded[path] = decoder(path, tensors)

@@ -54,13 +54,24 @@ from support.changes import (
         pytest.param(
             "awq-g32-bf16",
             without("quantization_config"),
-            ["qweight", "auto-round, awq, gptq, ", "found nothing", "config.json that the quantization tool wrote"],
+            [
+                "qweight",
+                "auto-round, awq, gguf, gptq, ",
+                "found nothing",
+                "config.json that the quantization tool wrote",
+            ],
             id="awq-undescribed",
         ),
         pytest.param(
             "awq-g32-bf16",
             quantization(quant_method="sinq"),
-            ["quant_method", "awq, ", "compressed-tensors, fbgemm_fp8, fp8, gptq, ", '"sinq"', "mlx_lm.convert -q"],
+            [
+                "quant_method",
+                "awq, ",
+                "compressed-tensors, fbgemm_fp8, fp8, gguf, gptq, ",
+                '"sinq"',
+                "mlx_lm.convert -q",
+            ],
             id="unknown-method",
         ),
         pytest.param(

@@ -11,6 +11,7 @@ import sys
 import mlx.core as mx
 import pytest
 from mlx_lm.models import qwen3_moe
+from mlx_lm.utils import load_config
 from support import FIXTURES
 from support.configs import NEWER_ROPE, official
 
@@ -277,3 +278,34 @@ def test_importing_the_package_imports_neither_mlx_nor_the_host():
 
     code = "import sys, mlx_lm_qwen3vlmoe as p; dir(p); p.install(); print({'mlx', 'mlx_lm'} & set(sys.modules))"
     assert run(sys.executable, "-c", code).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_logit_softcapping": 30.0},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"sliding_window": 4096, "use_sliding_window": True},
+        {"n_shared_experts": 2, "routed_scaling_factor": 2.5},
+    ],
+)
+def test_fields_that_nobody_reads_get_one_warning(fields, caplog):
+    config = load_config(FIXTURES / "official")
+    config["text_config"] |= fields
+    ModelArgs.from_dict(config)
+    (message,) = [record.getMessage() for record in caplog.records if "nor this package reads" in record.getMessage()]
+    assert all(field in message for field in fields)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in FIXTURES.glob("*/config.json")), ids=lambda p: p.name)
+def test_real_configs_get_no_such_warning(folder, caplog):
+    ModelArgs.from_dict(load_config(folder))
+    assert "nor this package reads" not in caplog.text
+
+
+def test_layers_of_their_own_config_are_refused():
+    """transformers 5.24 can give single layers other sizes."""
+    config = load_config(FIXTURES / "official")
+    config["text_config"]["per_layer_config"] = {"1": {"moe_intermediate_size": 8}}
+    with pytest.raises(CheckpointError, match="per_layer_config: expected nothing"):
+        ModelArgs.from_dict(config)

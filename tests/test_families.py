@@ -25,11 +25,14 @@ IN_HALVES = "angelslim-fp8-static"  # has a scale for each half of fused experts
 # Marks without a fixture: see the last test, and test_renamed.py.
 UNSEEN = {("fp8", "scale_weight"), ("auto-round", "weight_scale_inv")}
 RENAMED = {("w8a8_int8", "weight_scale")}
+RENAMED |= {("awq", "scaled_zeros"), ("bitsandbytes", "weight.quant_state")}  # see test_tools.py
+WITHOUT_WORDS = {"quanto-int8": {"quant_method": "quanto", "weights": "int8"}}  # fixtures that describe nothing
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.methods[0])
 UNDESCRIBED = {
     "weight_scale_2": "modelopt-nvfp4",
     "weight_global_scale": "ct-nvfp4",
     "weight_scale_inv": "fp8-perexpert",
+    "weight._data": "quanto-int8",
 }
 
 
@@ -38,7 +41,8 @@ def described(family: Family) -> dict[Path, dict]:
     found = {}
     for file in sorted(QUANTIZED.glob("*/config.json")):
         config = json.loads(file.read_text())
-        description = config.get("quantization_config") or config["text_config"].get("quantization_config") or {}
+        description = config.get("quantization_config") or config["text_config"].get("quantization_config")
+        description = description or WITHOUT_WORDS.get(file.parent.name, {})
         if description.get("quant_method") in family.methods:
             found[file.parent] = description
     return found
@@ -56,15 +60,35 @@ def layers_of(folder: Path) -> dict[str, dict[str, mx.array]]:
     return {path: found for path, found in layers.items() if quantization.is_foreign(found) and found.keys() - ignored}
 
 
-def decoded(path: str, tensors: dict[str, mx.array], description: dict, shape=None) -> mx.array:
-    """A layer, or fused experts, in float32."""
-    settings = quantization.layer_settings(description, module_name(path))
+def text_config(folder: Path) -> dict:
+    return ModelArgs.from_dict(json.loads((folder / "config.json").read_text())).text_config
+
+
+def stacked(path: str, tensors: dict[str, mx.array], description: dict, text: dict) -> dict[str, mx.array]:
+    """Fused experts with an axis for the experts in front of each tensor; other layers as they are."""
+    if not path.endswith(FUSED):
+        return tensors
+    experts = text["num_experts"]
+    layer = Layer(path, tensors, settings_of(path, description), mx.float32, host_shape=linear_shape(path, text))
+    found, _ = quantization.fused(layer, experts)
+    ones = {s: a.reshape(-1, 1, 1) for s, a in found.items() if a.size == 1}  # one number for all experts
+    return found | {suffix: mx.broadcast_to(array, (experts, 1, 1)) for suffix, array in ones.items()}
+
+
+def settings_of(path: str, description: dict) -> dict:
+    return quantization.layer_settings(description, module_name(path))
+
+
+def decoded(path: str, tensors: dict[str, mx.array], description: dict, text: dict | None = None) -> mx.array:
+    """A layer, or stacked experts, in float32."""
     stack_shape: tuple[int, ...] = ()
     if path.endswith(FUSED):
-        stack_shape = tensors["weight"].shape[:1]
-        ones = {s: a.reshape(-1, 1, 1) for s, a in tensors.items() if a.size == 1}  # one number for all experts
-        tensors = tensors | {suffix: mx.broadcast_to(array, (*stack_shape, 1, 1)) for suffix, array in ones.items()}
-    found = quantization.decode(Layer(path, tensors, settings, mx.float32, stack_shape, host_shape=shape))
+        assert text
+        stack_shape = (text["num_experts"],)
+    shape = linear_shape(path, text) if text else None
+    found = quantization.decode(
+        Layer(path, tensors, settings_of(path, description), mx.float32, stack_shape, host_shape=shape)
+    )
     if found.parameters is None:
         return found.tensors["weight"]
     return quantization.dequantize(found.tensors, found.parameters, mx.float32)
@@ -89,11 +113,12 @@ def test_a_family_turns_what_it_declares(family, monkeypatch):
     monkeypatch.setattr(mx, "contiguous", lambda array, *options: copied.append(array) or contiguous(array, *options))
     turned = set()
     for folder, description in described(family).items():
-        text = ModelArgs.from_dict(json.loads((folder / "config.json").read_text())).text_config
+        text = text_config(folder)
         for path, tensors in layers_of(folder).items():
             copied.clear()
             with suppress(*[CheckpointError] * (folder.name in {*REFUSED, IN_HALVES})):
-                decoded(path, tensors, description, shape=linear_shape(path, text))
+                tensors = stacked(path, tensors, description, text)
+                decoded(path, tensors, description, text)
             largest = max(tensors, key=lambda suffix: tensors[suffix].nbytes)
             codes = tensors[largest]
             for array in copied:
@@ -111,12 +136,14 @@ def test_halves_of_fused_experts_decode_by_themselves(family):
         if folder.name == IN_HALVES:
             continue
         fused = {path: tensors for path, tensors in layers_of(folder).items() if path.endswith(FUSED[0])}
-        for path, tensors in fused.items():
+        text = text_config(folder)
+        for path, stored in fused.items():
+            tensors = stacked(path, stored, description, text)
             for axis in (-1, -2):
-                whole = mx.split(decoded(path, tensors, description), 2, axis)
+                whole = mx.split(decoded(path, tensors, description, text), 2, axis)
                 if pair := quantization.halves(tensors, axis, description):
                     for half, expected in zip(pair, whole, strict=True):
-                        assert mx.array_equal(decoded(path, half, description), expected)
+                        assert mx.array_equal(decoded(path, half, description, text), expected)
                 pairs.append(pair)
     assert any(pairs) == (type(family).halves is not Family.halves)
     assert any(pairs) or "fp8" not in family.methods
@@ -163,12 +190,12 @@ def test_a_field_of_another_type_is_one_error_or_none(family):
         kinds = [{field: value} for value in ([], ["x"], {"x": 1}, "x", 1.5, 10**12)]
         if isinstance(old[field], dict):
             kinds += [{field: {key: value}} for key in old[field] for value in ([], ["x"], "x", 1.5)]
-        text = ModelArgs.from_dict(json.loads((folder / "config.json").read_text())).text_config
+        text = text_config(folder)
         for changed in kinds if field != "quant_method" else []:
             with suppress(CheckpointError):
                 description = quantization.read_description(old | changed)
                 for path, tensors in layers[folder].items():
-                    decoded(path, tensors, description, shape=linear_shape(path, text))
+                    decoded(path, stacked(path, tensors, description, text), description, text)
 
 
 @pytest.mark.parametrize("key", ["model.language_model.layers.0.self_attn.q_proj", r".*\.q_proj"])

@@ -1,59 +1,84 @@
-"""The patterns of PEFT's `rank_pattern`, against Python's `re`, and in a number of steps that has a bound."""
+"""Regular expressions from files: as `re` has them, or one error, and an end in any case."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import examples
 
-from mlx_lm_qwen3vlmoe.adapters.patterns import Pattern
+from mlx_lm_qwen3vlmoe import CheckpointError, quantization
+from mlx_lm_qwen3vlmoe.quantization import patterns
 
-PIECES = ["a", "b", "1", "_", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-b1]", "(", "(?:", ")", "|", "*", "+", "?"]
-PIECES += ["{2}", "{1,3}", "{2,}", "*?", "^", "$"]
+NAME = "model.language_model.layers.46.mlp.experts.127.gate_proj"
+REAL = (
+    ".*lm_head",
+    ".*visual.*",
+    "^(?!.*experts).*",
+    r".*\.mlp\.experts\..*",
+    r".*layers\.\d+\.mlp\.experts\.\d+\..*(gate|up|down)_proj$",
+    r".*model.*layers.*mlp.*experts.*gate.*proj.*",
+    r"model\.language_model\.layers\.(?:4[0-7]|[0-9])\.(?:self_attn|mlp)\..*",
+    "(?i).*MLP.*",
+)
+ENDLESS = ("(a+)+$", "(.*)*x", "(a|a)*b", "(.*a){20}", "(?:a?){30}a{30}", ".*.*.*.*.*x", "((a*)*)*b")
+INVALID = ("(", "*", "[z-a]", "(?P<n>a)(?P=n)", r"(a)\1", "(" * 3000)
+PARTS = ("a", "b", ".", "[ab]", "[^a]", "a*", "b+", "a?", "a{1,2}", "(a|b)", "(ab|a)", "(?!b)", "(?=a)", "(?<=a)")
+PARTS += ("(?<!b)", "^", "$", r"\b", r"\Z", "(b?a){1}", ".*?", r"\d*", r"\W", "(?:a|ab|)", "(?:a.){0,1}")
 
 
-@settings(max_examples=examples(4000), deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=9).map("".join), st.text("ab1_.", max_size=8))
-def test_a_pattern_that_is_taken_matches_what_peft_matches(text, name):
+@pytest.mark.parametrize("text", REAL)
+def test_patterns_of_real_tools_match_as_re_does(text):
+    for name in (NAME, "lm_head", "model.visual.blocks.0.attn", "model.language_model.embed_tokens"):
+        assert patterns.pattern("targets", text).match(name) == bool(re.match(text, name))
+        assert patterns.pattern("targets", text).fullmatch(name) == bool(re.fullmatch(text, name))
+
+
+@pytest.mark.parametrize("text", [*ENDLESS, *INVALID])
+def test_what_never_ends_or_is_invalid_is_one_error(text):
+    with pytest.raises(CheckpointError, match=r"quantization_config: dynamic: expected a regular expression \("):
+        patterns.pattern("dynamic", text)
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=7), st.text("ab1\n.", max_size=9))
+def test_following_all_ways_at_once_finds_what_re_finds(parts, name):
+    text = "".join(parts)
     try:
-        pattern = Pattern(text)
-    except ValueError:
+        found = patterns.Pattern(text)
+    except (ValueError, re.error):
         return
-    assert pattern.matches(name) == bool(re.match(rf"(.*\.)?({text})$", name))
+    found._quick = None
+    assert found.match(name) == bool(re.match(text, name))
+    assert found.fullmatch(name) == bool(re.fullmatch(text, name))
 
 
+def test_many_repeats_end():
+    """Not decided by a clock: with `re`, this would take longer than anybody waits."""
+    text = "".join(f".*[a{n}]" for n in range(30)) + "(a|ab)(a|b)?" * 40 + "$"
+    assert not patterns.pattern("targets", text).match("a" * 199 + "c")
+
+
+def test_a_name_that_no_module_has_is_an_error():
+    with pytest.raises(CheckpointError, match="held against, found a longer one"):
+        patterns.pattern("targets", "a").match("a" * 201)
+
+
+@pytest.mark.parametrize("text", ["(a+)+$", "("])
 @pytest.mark.parametrize(
-    ("text", "name"),
+    "description",
     [
-        ("q_proj", "model.layers.0.self_attn.q_proj"),
-        (r"layers\.0\.self_attn\.q_proj", "model.layers.0.self_attn.q_proj"),
-        (r".*layers\.(0|1)\..*(q|k)_proj", "model.layers.1.self_attn.k_proj"),
-        (r"layers\.\d+\.mlp\.experts\.\d+\.[a-z]+_proj", "model.layers.10.mlp.experts.7.gate_proj"),
-        (r"^model\.layers\.[0-9]+\..*$", "model.layers.1.self_attn.k_proj"),
-        (r"(?:model\.)?layers\.\d{1,2}\.mlp\.gate", "layers.12.mlp.gate"),
+        lambda text: {"quant_method": "gptq", "dynamic": {f"+:{text}": {"bits": 8}}},
+        lambda text: {"quant_method": "gptq", "dynamic": {f"-:{text}": {}}},
+        lambda text: {"quant_method": "fp8", "dynamic": {text: {"bits": 8}}},
+        lambda text: {"quant_method": "auto-round", "extra_config": {f".*{text}": {"bits": 8}}},
+        lambda text: {"quant_method": "compressed-tensors", "config_groups": {"0": {"targets": [f"re:{text}"]}}},
+        lambda text: {
+            "quant_method": "torchao",
+            "quant_type": {"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": {f"re:{text}": None}}}},
+        },
     ],
 )
-def test_what_people_write_is_taken(text, name):
-    assert Pattern(text).matches(name)
-    assert not Pattern(text).matches(name + "x_") or text.endswith(".*$")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(r"(a)\1", "(?i)A", "(?=a)", "(?P<n>a)(?P=n)", "(a+)+", "(a|b)*", r"\ba", r"\Aa", "a{,3}", "a**", "[", "("),
-        *(")", "\\", "a{3,1}", "a" * 1001, "(" * 50 + "a" + ")" * 50),
-    ],
-)
-def test_what_could_run_for_ever_or_means_something_else_is_refused(text):
-    with pytest.raises((ValueError, re.error)):
-        Pattern(text)
-
-
-@pytest.mark.parametrize("text", [".*" * 400 + "!", ".?" * 450 + "!", "(.|.)" * 150 + "!", "(a|a|a)" * 140 + "!"])
-def test_a_hostile_pattern_comes_to_an_end(text):
-    """`re` would take longer than the world has been there."""
-    assert not Pattern(text).matches("a" * 1000)
+def test_every_family_refuses_such_a_pattern_in_its_description(description, text):
+    with pytest.raises(CheckpointError, match="expected a regular expression"):
+        quantization.read_description(description(text))

@@ -30,7 +30,7 @@ FLOAT = {
     *("angelslim-fp8-static", "angelslim-w4a8", "fp8-cast"),
     *("autoround-export-mlx", "autoround-mixed-experts", "autoround-modelfree-mxfp4", "autoround-modelfree-w4"),
     *("autoround-fp8-block", "autoround-fp8-static", "autoround-fp8-tensor", "autoround-nvfp4", "autoround-nvfp4-e5m3"),
-    *("bnb-fp4", "bnb-nf4", "bnb-nf4-double"),
+    *("bnb-experts-nf4", "bnb-fp4", "bnb-nf4", "bnb-nf4-double"),
     *("ct-experts-float", "ct-fp8-block", "ct-fp8-dynamic", "ct-fp8-g32", "ct-fp8-static", "ct-int8-block-narrow"),
     *("ct-modelfree-fp8-block", "ct-modelfree-nvfp4a16", "ct-nvfp4", "ct-nvfp4a16", "ct08-w4a16-actorder"),
     *("fp8-fused-official", "fp8-fused-v5", "fp8-fused-v5-bf16", "fp8-perexpert"),
@@ -39,7 +39,7 @@ FLOAT = {
     *("modelopt-fp8", "modelopt-fp8-attention", "modelopt-fp8-block", "modelopt-fp8-block-projfirst"),
     *("modelopt-fp8-channel", "modelopt-int4-awq", "modelopt-nvfp4", "modelopt-nvfp4-awq", "modelopt-nvfp4-experts"),
     *("modelopt-nvfp4-g32", "modelopt-nvfp4-projfirst", "modelopt-w4a16-nvfp4"),
-    *("quark-fp8", "quark-mixed", "quark-nvfp4", "quark-ptpc-fp8", "torchao-float8"),
+    *("quark-fp8", "quark-mixed", "quark-nvfp4", "quark-ptpc-fp8", "torchao-float8", "torchao-nvfp4"),
 }
 PACKED = [name for name in NAMES if name not in FLOAT]
 # Packed in more bits than in the file: 7 and 6 in 8, and experts in the most that one of their layer has.

@@ -11,11 +11,11 @@ import threading
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import TINY, thorough
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, quantize_model
+from support import TINY, thorough
 
 from mlx_lm_qwen3vlmoe import Model
 from mlx_lm_qwen3vlmoe.runtime import backend, cpu, streams

@@ -9,15 +9,14 @@ Source: ``tuners/lora/config.py`` of PEFT 0.17.0 to 0.21.2.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import series
+from ..errors import CheckpointError, series
+from ..quantization.patterns import Pattern, pattern
 from .fields import Fields
 from .files import read_config
 from .lora import MERGE
-from .patterns import Pattern
 
 _INITIAL = ("gaussian", "eva", "orthogonal")  # which leave the base model as it is
 _REFUSED = {  # fields that have to be empty, and why
@@ -70,10 +69,10 @@ class PeftConfig(Fields):
         patterns = []
         for text in values.values:
             try:
-                pattern = Pattern(text)
-            except (ValueError, re.error):
+                found = pattern(field, rf"(.*\.)?({text})$")  # as PEFT matches it
+            except CheckpointError:
                 raise self.error(field, "names, or simple regular expressions", text) from None
-            patterns.append((pattern, read(values, text)))
+            patterns.append((found, read(values, text)))
         return patterns
 
     def targets(self, parameter: str) -> bool:
@@ -101,7 +100,7 @@ class PeftConfig(Fields):
 
 def _matching(patterns: list[tuple[Pattern, Any]], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a name, or all of it."""
-    return next((value for pattern, value in patterns if pattern.matches(name)), default)
+    return next((value for found, value in patterns if found.match(name)), default)
 
 
 def write_config(base: str | None, dropout: float, dora: bool, **fields: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def inspect(
             text = config.get("text_config")
             layout = layout_of(layers, text if isinstance(text, dict) else config)
             report["layout"] = layout.name if layout else "no experts"
-            report["quantization"] = _quantization(config)
+            report["quantization"] = _quantization(config, layers)
             check_place(folder, headers)
             check_rotation(folder)
             with _noting(notes if bits is None else []):
@@ -138,11 +138,14 @@ def _noting(notes: list[str]) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _quantization(config: dict[str, Any]) -> str:
+def _quantization(config: dict[str, Any], layers: dict[str, dict[str, Any]]) -> str:
     """The method in the checkpoint's own terms."""
     if (foreign := foreign_quantization(config)) is not None:
         return quantization.title(quantization.read_description(foreign))
-    return f"MLX {planning.format_name(found)}" if (found := own_quantization(config)) else "none"
+    if own := own_quantization(config):
+        return f"MLX {planning.format_name(own)}"
+    suffixes = {suffix for tensors in layers.values() for suffix in tensors}
+    return next((f.methods[0] for f in quantization.FAMILIES if suffixes.intersection(f.undescribed)), "none")
 
 
 def _sorted_out(tensors: Header) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

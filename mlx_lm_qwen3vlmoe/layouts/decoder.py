@@ -63,19 +63,28 @@ class Decoder:
 
         return whole._replace(tensors=in_pieces(whole.tensors, some))
 
+    def fused(self, path: str, tensors: Tensors, experts: int) -> tuple[Tensors, tuple[int, ...] | None]:
+        """The tensors of fused experts with an axis for the experts in front, and the shape of the floats, if known."""
+        return quantization.fused(self._layer(path, tensors, ()), experts)
+
+    def stacks(self, path: str, tensors: Tensors) -> bool:
+        """Whether alike layers with such tensors can be stacked before they are decoded."""
+        return quantization.stacks(tensors, self.settings(path))
+
     def _foreign(self, path: str, tensors: Tensors, stack_shape: tuple[int, ...]) -> Decoded:
         """A layer that another tool quantized."""
-        return quantization.decode(
-            Layer(
-                path,
-                tensors,
-                self.settings(path),
-                self.dtype,
-                stack_shape,
-                takes_global_scale() and ".mlp.experts." in path,
-                planning(),
-                linear_shape(path, self.text),
-            )
+        return quantization.decode(self._layer(path, tensors, stack_shape))
+
+    def _layer(self, path: str, tensors: Tensors, stack_shape: tuple[int, ...]) -> Layer:
+        return Layer(
+            path,
+            tensors,
+            self.settings(path),
+            self.dtype,
+            stack_shape,
+            takes_global_scale() and ".mlp.experts." in path,
+            planning(),
+            linear_shape(path, self.text),
         )
 
     def _mlx(self, path: str, tensors: Tensors) -> Decoded:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, beyond, series, shape_error
-from ..quantization import Decoded, Tensors
+from ..quantization import Decoded, Tensors, is_foreign
 from .decoder import Decoder
 from .names import NUMBER, stranger
-from .stacking import PROJECTIONS, Layers, Part, missing, rejoined, split, stack, unsplit, unstack
+from .stacking import PROJECTIONS, Layers, Part, Shapes, missing, rejoined, split, stack, unsplit, unstack
 
 _EXPERT = re.compile(rf"(.+\.mlp)\.experts\.({NUMBER})\.((?:gate|up|down|gate_up)_proj)")
 _FUSED = re.compile(r"(.+\.mlp)\.experts\.(gate_up_proj|down_proj)")
@@ -36,6 +36,10 @@ OUT_IN = Layout(
     "fused experts, [experts, out, in] (transformers 5.2 or newer)",
     "`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`; or `experts.w13_weight`, `experts.w2_weight`",
 )
+FLAT = Layout(
+    "fused experts, flat, in either order (bitsandbytes)",
+    "`experts.gate_up_proj [E * 2I * H / 2, 1]` of two values a byte, with `.quant_state…`",
+)
 MISCUT = Layout(
     "one tensor an expert, cut along the wrong axis (transformers 5.0, 5.1)",
     "`experts.0.gate_proj.weight [H/2, 2I]`, … `down_proj.weight [I, H]`",
@@ -52,7 +56,7 @@ STACKED = Layout(
     "stacked experts (mlx-lm, mlx-vlm)",
     "`switch_mlp.gate_proj.weight`, with `.scales` and `.biases` if quantized",
 )
-LAYOUTS = (IN_OUT, OUT_IN, MISCUT, SINGLE, GATE_UP, STACKED)
+LAYOUTS = (IN_OUT, OUT_IN, FLAT, MISCUT, SINGLE, GATE_UP, STACKED)
 ONE_BY_ONE = (MISCUT, SINGLE, GATE_UP)
 
 
@@ -60,22 +64,22 @@ class Experts:
     """The experts of one layer as they are stored: fused, or one by one.
 
     Attributes:
-        fused: ``gate_up_proj`` and ``down_proj`` → their tensors.
+        fused: ``gate_up_proj`` and ``down_proj`` → their tensors, as stored, or by `unfold`.
+        shapes: the same → their shape ``(experts, rows, columns)`` as floats, where it is known.
         single: projection → number of the expert → its tensors.
     """
 
     def __init__(self, mlp: str):
         self.mlp = mlp
         self.fused: Layers = {}
+        self.shapes: Shapes = {}
         self.single: dict[str, dict[int, Tensors]] = {}
 
     def _first_missing(self, experts: int) -> str | None:
         """The name of the first weight that is not there."""
         if self.fused:
             names = ("gate_up_proj", "down_proj")
-            return next(
-                (f"{self.mlp}.experts.{n}.weight" for n in names if "weight" not in self.fused.get(n, {})), None
-            )
+            return next((f"{self.mlp}.experts.{n}.weight" for n in names if n not in self.shapes), None)
         for projection in ("gate_up_proj", "down_proj") if "gate_up_proj" in self.single else PROJECTIONS:
             found = self.single.get(projection, {})
             if len(found) < experts:
@@ -101,12 +105,23 @@ class Experts:
                 name = f"{self.mlp}.experts.{min(extra)}.{projection}.weight"
                 raise beyond(name, "expert", min(extra), experts, "num_experts")
 
+    def unfold(self, experts: int, decoder: Decoder | None = None) -> None:
+        """Find the shapes of fused experts, and give each tensor that another tool stores flat an axis for them."""
+        for name, tensors in self.fused.items():
+            shape = tensors["weight"].shape if "weight" in tensors else None
+            if decoder and is_foreign(tensors):
+                self.fused[name], shape = decoder.fused(f"{self.mlp}.experts.{name}", tensors, experts)
+            if shape is not None:
+                self.shapes[name] = shape
+
     def layout(self, sizes: dict[str, Any]) -> Layout:
         """As the shapes of stored weights tell; those that a tool packed tell it only once they are decoded."""
         stored = self.fused | {name: next(iter(found.values())) for name, found in self.single.items()}
         shapes = {name: list(tensors["weight"].shape) for name, tensors in stored.items() if "weight" in tensors}
         gate_up, gate, down = (shapes.get(name, []) for name in ("gate_up_proj", "gate_proj", "down_proj"))
         if self.fused:
+            if len(gate_up) == 2:
+                return FLAT
             return IN_OUT if _inputs_first(gate_up, down) else OUT_IN
         if "gate_up_proj" in self.single:
             return GATE_UP
@@ -115,15 +130,14 @@ class Experts:
 
     def in_out(self, sizes: dict[str, Any]) -> bool | None:
         """How fused experts are stored; None for others, or where one of the two tensors is not there."""
-        fused = len(self.fused) == 2 and all("weight" in tensors for tensors in self.fused.values())
-        return orientation(self.mlp, self.fused, sizes) if fused else None
+        return orientation(self.mlp, self.shapes, sizes) if len(self.shapes) == 2 else None
 
     def decoded(self, sizes: dict[str, Any], decoder: Decoder) -> dict[str, Decoded]:
         """``gate_proj``, ``up_proj`` and ``down_proj``, stacked as the host has them."""
         if name := self._first_missing(sizes["num_experts"]):
             raise missing(name)
         if self.fused:
-            in_out = orientation(self.mlp, self.fused, sizes)
+            in_out = orientation(self.mlp, self.shapes, sizes)
             return split(self.mlp, self.fused, in_out, sizes["num_experts"], decoder)
         stacked = {
             projection: stack(f"{self.mlp}.experts", projection, experts, sizes, decoder)
@@ -134,7 +148,8 @@ class Experts:
     def parts(self, sizes: dict[str, Any]) -> dict[str, Part]:
         """The inverse of `decoded`, of complete and unquantized experts: what each is made of, by its path."""
         if self.fused:
-            return unsplit(self.mlp, orientation(self.mlp, self.fused, sizes))
+            self.unfold(sizes["num_experts"])
+            return unsplit(self.mlp, orientation(self.mlp, self.shapes, sizes))
         shapes = {
             projection: (sizes["num_experts"], *experts[0]["weight"].shape)
             for projection, experts in self.single.items()
@@ -185,19 +200,19 @@ def check_orientations(found: list[Experts], sizes: dict[str, Any]) -> None:
         )
 
 
-def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
-    """Whether fused experts are stored as ``[E, in, out]``, or with the axes swapped.
+def orientation(mlp: str, shapes: Shapes, sizes: dict[str, Any]) -> bool:
+    """Whether fused experts of these shapes are stored as ``[E, in, out]``, or with the axes swapped.
 
     Only the shape tells. H = 2I makes one tensor square, H = I the other: one always tells for both, which is also how
     transformers 5 reads what it saved of an official checkpoint with a square tensor, whose axes it leaves alone. Two
     tensors that contradict each other are nobody's.
     """
     e, h, i = sizes["num_experts"], sizes["hidden_size"], sizes["moe_intermediate_size"]
-    in_out = _inputs_first(*(fused[name]["weight"].shape for name in ("gate_up_proj", "down_proj")))
+    in_out = _inputs_first(shapes["gate_up_proj"], shapes["down_proj"])
     contradicting = False
     for name, shape in (("gate_up_proj", (e, h, 2 * i)), ("down_proj", (e, i, h))):
         swapped = (*shape[:-2], shape[-1], shape[-2])
-        stored = fused[name]["weight"].shape
+        stored = shapes[name]
         if stored not in (shape, swapped):
             fields = {"num_experts": e, "hidden_size": h, "moe_intermediate_size": math.prod(shape) // (e * h)}
             changed = len(stored) == 3 and sorted(stored) != sorted(shape)
@@ -206,11 +221,11 @@ def orientation(mlp: str, fused: Layers, sizes: dict[str, Any]) -> bool:
             raise shape_error(f"{mlp}.experts.{name}.weight", expected, list(stored), wrong)
         contradicting |= stored != (shape if in_out else swapped)
     if contradicting:
-        shapes = (str(list(fused[name]["weight"].shape)) for name in ("gate_up_proj", "down_proj"))
+        found = (str(list(shapes[name])) for name in ("gate_up_proj", "down_proj"))
         raise CheckpointError(
             (f"{mlp}.experts.gate_up_proj.weight", f"{mlp}.experts.down_proj.weight"),
             "both [experts, in, out] or both [experts, out, in]",
-            " and ".join(shapes),
+            " and ".join(found),
             "No known tool writes one of each. Was one of the two transposed by hand?",
         )
     return in_out

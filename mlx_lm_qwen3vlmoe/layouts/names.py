@@ -76,7 +76,8 @@ def host_name(name: str) -> str | None:
 
     Separate experts, which the host does not have, become ``experts.{e}.{p}_proj``. Raises `CheckpointError`.
     """
-    match = None if "_mod" in name else _TEXT.fullmatch(name)  # no name of a module without a wrapper has that
+    wrapped = "_orig_mod." in name or "_module." in name
+    match = None if wrapped else _TEXT.fullmatch(name)
     if not match and not (match := _TEXT.fullmatch(plain := unwrapped(name))):
         if _VISION.match(plain) or plain.endswith(_MEANINGLESS) or plain == _MARKER:
             return None

@@ -122,7 +122,8 @@ def stack(path: str, projection: str, experts: dict[int, Tensors], sizes: dict[s
     """
     paths = [f"{path}.{number}.{projection}" for number in range(sizes["num_experts"])]
     first = experts[0]
-    if all(_alike(first, experts[n]) for n in range(1, len(paths))) and decoder.describes_alike(paths):
+    alike = all(_alike(first, experts[n]) for n in range(1, len(paths))) and decoder.describes_alike(paths)
+    if alike and decoder.stacks(paths[0], first):
 
         def stored(part: slice) -> Tensors:
             some = [experts[n] for n in range(len(paths))[part]]

@@ -24,21 +24,25 @@ from . import (
     bitsandbytes,
     compressed_tensors,
     fp8,
+    gguf,
     gptq,
     hqq,
     integers,
     metal,
     modelopt,
+    quanto,
     quark,
     torchao,
 )
 from .affine import common, dequantize
 from .family import Family
+from .fields import check_fields
 from .gptq import ACT_ORDER
 from .layer import IGNORED, Decoded, Layer, Parameters, Tensors
 
 __all__ = ["ACT_ORDER", "FAMILIES", "IGNORED", "Decoded", "Layer", "Parameters", "Tensors", "common", "decode"]
-__all__ += ["dequantize", "halves", "is_foreign", "is_suffix", "layer_settings", "read_description", "title", "turned"]
+__all__ += ["dequantize", "fused", "halves", "is_foreign", "is_suffix", "layer_settings", "read_description", "stacks"]
+__all__ += ["title", "turned"]
 
 FAMILIES: tuple[Family, ...] = (
     auto_round.AutoRound(),
@@ -46,12 +50,14 @@ FAMILIES: tuple[Family, ...] = (
     bitsandbytes.BitsAndBytes(),
     compressed_tensors.CompressedTensors(),
     fp8.Fp8(),
+    gguf.Gguf(),
     gptq.Gptq(),
     hqq.Hqq(),
     integers.EightBits(),
     integers.FourBits(),
     metal.Metal(),
     modelopt.ModelOpt(),
+    quanto.Quanto(),
     quark.Quark(),
     torchao.TorchAo(),
 )
@@ -77,7 +83,9 @@ def read_description(config: dict[str, Any]) -> dict[str, Any]:
             "Use a checkpoint in one of these formats, or the unquantized one with mlx_lm.convert -q.",
         )
     check_kinds("", config, bits=int, sparsity_config=dict)
-    _BY_METHOD[method].check(config)
+    family = _BY_METHOD[method]
+    family.check(config)
+    check_fields(family.parts(config))
     sparsity = config.get("sparsity_config") or {}
     for field, value in (
         ("transform_config", config.get("transform_config")),
@@ -133,6 +141,19 @@ def halves(tensors: Tensors, axis: int, settings: dict[str, Any]) -> tuple[Tenso
         return first, second
     family = _family(tensors, settings)
     return family.halves(tensors, axis, settings) if family else None
+
+
+def fused(layer: Layer, experts: int) -> tuple[Tensors, tuple[int, ...] | None]:
+    """The tensors of fused experts with an axis for the experts in front of each, and their shape: `Family.fused`."""
+    if family := _family(layer.tensors, layer.settings):
+        return family.fused(layer, experts)
+    return layer.tensors, layer.tensors["weight"].shape if "weight" in layer.tensors else None
+
+
+def stacks(tensors: Tensors, settings: dict[str, Any]) -> bool:
+    """Whether alike layers with such tensors can be decoded as one stack."""
+    family = _family(tensors, settings)
+    return not family or family.stacks(tensors)
 
 
 def is_cast(layers: dict[str, Tensors]) -> bool:

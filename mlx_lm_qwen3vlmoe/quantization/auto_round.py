@@ -16,25 +16,31 @@ Its other exports are those tools' own formats. Source: ``auto_round/export`` an
 from __future__ import annotations
 
 import functools
-import re
+from collections.abc import Iterable
 
 import mlx.core as mx
 
 from ..errors import check_kinds, shown
 from . import awq, compressed_tensors, fp8, gptq
-from .affine import affine
+from .affine import affine, dequantize
 from .family import Description, Family
+from .fields import Part, objects
 from .layer import Decoded, Layer
 from .microscaling import fp4_in_groups
 from .numbers import e5m3, e8m0
+from .patterns import pattern
 
 
 class AutoRound(Family):
     methods = ("auto-round", "intel/auto-round")
     detail = "packing_format"
     marks = (
-        *(*gptq.Gptq.marks, *awq.Awq.marks),
+        *("qweight", "qzeros", "g_idx"),
         *("weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"),
+    )
+    fields = (
+        *("bits", "group_size", "sym", "desc_act", "data_type", "packing_format", "fmt", "weight_block_size"),
+        *("scale_fmt", "rotation_config", "super_bits", "super_group_size", "scale_dtype", "supported_types"),
     )
     formats = (
         "AutoRound, 2 to 8 bits | `qweight`, by `packing_format` | affine; 7 bits as 8 | packed",
@@ -46,16 +52,37 @@ class AutoRound(Family):
 
     def check(self, description: Description) -> None:
         check_kinds("", description, extra_config=dict)
+        for key in _patterns(*(description.get("extra_config") or {})):
+            pattern("extra_config", key)
+
+    def parts(self, description: Description) -> Iterable[Part]:
+        known = (*self.fields, "extra_config")
+        return [("", description, known), *objects("extra_config", description.get("extra_config"), known)]
 
     def settings(self, description: Description, name: str) -> Description:
         """``extra_config`` has fields for layers by name, or by a regular expression."""
         extra = description.get("extra_config") or {}
         fields = extra.get(name)
         if fields is None:
-            fields = next((extra[key] for key in _patterns(*extra) if re.fullmatch(key, name)), None)
+            fields = next(
+                (extra[key] for key in _patterns(*extra) if pattern("extra_config", key).fullmatch(name)), None
+            )
         return {**description, **fields} if isinstance(fields, dict) else description
 
     def decode(self, layer: Layer) -> Decoded:
+        """With ``rotation_config``, each block of inputs x has gone through a Hadamard matrix H: ``W = W_q · Hᵀ``."""
+        block = _rotated(layer)
+        if not block:
+            return self._decode(layer)
+        dtype, layer.dtype, layer.takes_global_scale = layer.dtype, mx.float32, False  # one rounding, at the end
+        tensors, parameters, _ = self._decode(layer)
+        weight = dequantize(tensors, parameters, mx.float32) if parameters else tensors["weight"]
+        if weight.shape[-1] % block:
+            raise layer.error("weight_packed", f"blocks of {block} inputs, by rotation_config", weight.shape[-1])
+        weight = mx.hadamard_transform(weight.reshape(*weight.shape[:-1], -1, block)).reshape(weight.shape)
+        return Decoded({"weight": weight.astype(dtype)}, None, "a rotation of the inputs")
+
+    def _decode(self, layer: Layer) -> Decoded:
         packing = str(layer.settings.get("packing_format") or "").removeprefix("auto_round").removeprefix(":")
         kind = str(layer.settings.get("data_type"))
         if layer.has("qweight") or layer.has("qzeros"):
@@ -93,6 +120,20 @@ class AutoRound(Family):
 @functools.lru_cache
 def _patterns(*keys: str) -> tuple[str, ...]:
     return tuple(key for key in keys if "*" in key)
+
+
+def _rotated(layer: Layer) -> int:
+    """The size of the blocks of inputs that are rotated by ``rotation_config``; 0 for none."""
+    rotation = layer.settings.get("rotation_config")
+    if not rotation:
+        return 0
+    known = {"algorithm": "hadamard", "hadamard_type": "hadamard", "backend": "auto", "allow_online_rotation": True}
+    own = {field: value for field, value in rotation.items() if value} if isinstance(rotation, dict) else {}
+    block = own.pop("block_size", None)
+    if own.items() <= known.items() and type(block) is int and 1 < block <= 2**13 and not block & (block - 1):
+        return block
+    expected = "algorithm and hadamard_type hadamard in rotation_config, with a power of two for block_size"
+    raise layer.unsupported("weight", expected, shown(rotation))
 
 
 def _unknown(layer: Layer, suffix: str, expected: str) -> Exception:

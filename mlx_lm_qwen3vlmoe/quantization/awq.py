@@ -5,10 +5,12 @@
 | `gemm`, `exllama` | int32 ``[in, out / 8]``      | int32 ``[in / g, out / 8]`` | ``[in / g, out]`` | `packing.AWQ`   |
 | `gemv`            | int32 ``[out, in / 8]``      | int32 ``[out, wide / 8]``   | ``[out, wide]``   | MLX's           |
 | `gemv_fast`       | int16 ``[out / 4, in]``      | float ``[wide, out]``       | ``[wide, out]``   | `_fast_codes`   |
+| `llm-awq`         | the same                     | the same, ``scaled_zeros``  | the same          | the same        |
 | `marlin`          | int32 ``[in / 16, 2 * out]`` | none: 8                     | ``[in / g, out]`` | `_marlin_codes` |
 
 ``wide`` is in / g padded with zeros; the ``qzeros`` of `gemv_fast` are ``-z * s``, rounded. Source:
-``awq/modules/linear`` and ``awq/utils/packing_utils.py`` of AutoAWQ 0.2.9.
+``awq/modules/linear`` and ``awq/utils/packing_utils.py`` of AutoAWQ 0.2.9; ``nn_modules/qlinear/llm_awq.py`` of
+GPTQModel 7.7. llm-awq itself may call its version ``gemv``.
 """
 
 from __future__ import annotations
@@ -27,9 +29,16 @@ from .packing import codes, pack, transpose_nibbles, transpose_stream, unpack, u
 class Awq(Family):
     methods = ("awq",)
     detail = "version"
-    marks = ("qweight", "qzeros")
+    marks = ("qweight", "qzeros", "scaled_zeros")
+    fields = (
+        *("bits", "group_size", "zero_point", "version", "checkpoint_format", "format", "sym", "desc_act", "data_type"),
+        *("w_bit", "q_group_size", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"),
+    )
     formats = (
-        "AWQ `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin` | `qweight`, by `quant_method` | affine, 4 bits | packed",
+        (
+            "AWQ `gemm`, `exllama`, `gemv`, `gemv_fast`, `marlin`, `llm-awq` | `qweight`, by `quant_method` | "
+            "affine, 4 bits | packed"
+        ),
     )
 
     def check(self, description: Description) -> None:
@@ -37,6 +46,8 @@ class Awq(Family):
 
     def decode(self, layer: Layer) -> Decoded:
         version = str(layer.settings.get("version") or layer.settings.get("checkpoint_format") or "gemm").lower()
+        if layer.has("scaled_zeros") and version == "gemv":
+            version = "llm-awq"
         if layer.settings.get("bits", 4) != 4 or version not in _VERSIONS:
             found = f"{layer.settings.get('bits', 4)} bits and version {version}"
             raise layer.unsupported("qweight", f"AWQ with 4 bits and version {series(_VERSIONS)}", found)
@@ -85,13 +96,14 @@ def _gemv(layer: Layer) -> Decoded:
 
 
 def _gemv_fast(layer: Layer) -> Decoded:
-    qweight, biases, scales = layer.take("qweight", 2), layer.floats("qzeros", 2), layer.floats("scales", 2)
+    suffix = "scaled_zeros" if layer.has("scaled_zeros") else "qzeros"
+    qweight, biases, scales = layer.take("qweight", 2), layer.floats(suffix, 2), layer.floats("scales", 2)
     rows, inputs = layer.shape(qweight)
     if qweight.dtype not in (mx.int16, mx.uint16) or inputs % 64:
         raise layer.error("qweight", "16-bit integers for a multiple of 64 inputs", f"{qweight.dtype}, {inputs} inputs")
     size, groups, wide = _groups(layer, inputs)
     layer.check("scales", scales, (wide, 4 * rows))
-    layer.check("qzeros", biases, (wide, 4 * rows))
+    layer.check(suffix, biases, (wide, 4 * rows))
     scales, biases = (mx.contiguous(array[..., :groups, :].swapaxes(-1, -2)) for array in (scales, biases))
     return with_biases(layer, pack(_fast_codes(qweight), 4), scales, biases, 4, size)
 
@@ -156,3 +168,4 @@ def _marlin_order() -> tuple[int, ...]:
 _MARLIN_SCALES = tuple(i + 8 * j for i in range(8) for j in range(8))
 _MARLIN_CHANNELS = tuple(2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25))
 _VERSIONS = {"gemm": _gemm, "exllama": _gemm, "gemv": _gemv, "gemv_fast": _gemv_fast, "marlin": _marlin}
+_VERSIONS["llm-awq"] = _gemv_fast

@@ -21,12 +21,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import shown
+from ..errors import series, shown
 from .affine import regroup, signed
 from .family import Family
-from .layer import Decoded, Layer
+from .layer import Decoded, Layer, Tensors
 
-_STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+_STATES = (*(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")), "weight.quant_state")
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32")
 _LONGEST = 4096  # bytes of a description
@@ -36,10 +36,34 @@ class BitsAndBytes(Family):
     methods = ("bitsandbytes",)
     detail = ""  # its description names a type of four bits for int8, too
     marks = ("SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
+    fields = (
+        *("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_storage"),
+        *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "llm_int8_threshold"),
+        *("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"),
+        *("bits", "block_size", "group_size", "compress_statistics", "format", "checkpoint_format", "desc_act", "sym"),
+    )
     formats = (
         "bitsandbytes int8 | `SCB` | affine, 8 bits | packed",
         "bitsandbytes nf4 and fp4, double quantized too | `weight.quant_state.…` | float | 16 bits",
     )
+
+    def fused(self, layer: Layer, experts: int) -> tuple[Tensors, tuple[int, ...] | None]:
+        """One flat weight for all → ``weight [E, rows, columns / 2]``, ``weight.absmax [E, blocks]``."""
+        if not any(map(layer.has, _STATES)) or layer.host_shape is None:
+            return super().fused(layer, experts)
+        out, inputs = layer.host_shape
+        shapes: list[tuple[int, ...]] = [(experts, out, inputs), (experts, inputs, out)]
+        shape, codes, values, scales = _blocks(layer, shapes, out * inputs)
+        tensors = {
+            "weight": codes.reshape(*shape[:-1], -1),
+            "weight.quant_map": mx.broadcast_to(values, (experts, 16)),
+            "weight.absmax": scales.reshape(experts, -1),
+        }
+        return {**layer.tensors, **tensors}, shape
+
+    def stacks(self, tensors: Tensors) -> bool:
+        """The bytes that describe a layer may be of another length in the next."""
+        return not any(state in tensors for state in _STATES)
 
     def decode(self, layer: Layer) -> Decoded:
         if layer.has("SCB") or (layer.has("weight", mx.int8) and not any(layer.has(state) for state in _STATES)):
@@ -59,26 +83,48 @@ def _rows(layer: Layer) -> Decoded:
 
 
 def _four_bits(layer: Layer) -> Decoded:
-    outputs, inputs = layer.linear_shape("weight")
+    if layer.stack_shape and not any(map(layer.has, _STATES)):  # as `BitsAndBytes.fused` has made it
+        weight = layer.take("weight", 2), layer.take("weight.quant_map", 1), layer.take("weight.absmax", 1)
+        rows, columns = layer.shape(weight[0])
+        shape = (*layer.stack_shape, rows, 2 * columns)
+        values = _values(*weight)
+    else:
+        shape = layer.linear_shape("weight")
+        values = _values(*_blocks(layer, [shape], math.prod(shape))[1:])
+    return Decoded({"weight": values.reshape(shape).astype(layer.dtype)}, None, "a table of 16 values")
+
+
+def _values(codes: mx.array, table: mx.array, scales: mx.array) -> mx.array:
+    """Two codes a byte, ``[…, n / 2]``, times ``scales […, blocks]``, which cut what is as flat in equal pieces."""
+    nibbles = mx.stack([codes >> 4, codes & 15], -1).reshape(*scales.shape, -1)
+    return table.reshape(-1, 16)[0][nibbles] * mx.expand_dims(scales, -1)
+
+
+def _blocks(
+    layer: Layer, shapes: list[tuple[int, ...]], whole: int
+) -> tuple[tuple[int, ...], mx.array, mx.array, mx.array]:
+    """The shape that the JSON says, one of those, and flat: bytes, the table, and scales of equal blocks.
+
+    The first of the shapes where the tensors have no values yet. A block that goes on beyond a multiple of ``whole``,
+    or is the last and cut short, is cut in smaller ones.
+    """
     state = next((suffix for suffix in _STATES if layer.has(suffix)), _STATES[0])
-    described = _described(layer, state, [outputs, inputs])
-    size = outputs * inputs
+    described = _described(layer, state, shapes)
+    shape: tuple[int, ...] = tuple(described.get("shape", shapes[0]))
+    size = math.prod(shape)
     codes, values = layer.take("weight", 2), layer.floats("weight.quant_map", 1)
     storage = layer.setting("bnb_4bit_quant_storage", "a storage type", *_STORAGE, default="uint8")
     if codes.dtype != getattr(mx, storage):
         raise layer.error("weight", f"{storage}, by bnb_4bit_quant_storage", codes.dtype)
     layer.check("weight", codes, (size // 2 // codes.itemsize, 1))
     layer.check("weight.quant_map", values, (16,))
-    if size % 2 or size // 2 % codes.itemsize:
-        raise layer.unsupported("weight", "an even number of values", size)
+    if shape[-1] % 2 or size // 2 % codes.itemsize:
+        raise layer.unsupported("weight", "an even number of values", f"the shape {list(shape)}")
     scales = _scales(layer, described)
     block = described.get("blocksize") or math.ceil(size / scales.size)
     layer.check("weight.absmax", scales, (math.ceil(size / block),))
-    piece = math.gcd(block, size)  # the last block may be cut short
-    codes = codes.view(mx.uint8).flatten()
-    nibbles = mx.stack([codes >> 4, codes & 15], -1).reshape(-1, piece)
-    weight = values.astype(mx.float32)[nibbles] * mx.expand_dims(regroup(scales, size, block, piece), -1)
-    return Decoded({"weight": weight.reshape(outputs, inputs).astype(layer.dtype)}, None, "a table of 16 values")
+    scales = regroup(scales, size, block, math.gcd(block, whole))
+    return shape, codes.view(mx.uint8).flatten(), values.astype(mx.float32), scales
 
 
 def _scales(layer: Layer, described: dict[str, Any]) -> mx.array:
@@ -98,7 +144,7 @@ def _scales(layer: Layer, described: dict[str, Any]) -> mx.array:
     return values.astype(mx.float32)[scales] * factors + described.get("nested_offset", 0.0)
 
 
-def _described(layer: Layer, state: str, shape: list[int]) -> dict[str, Any]:
+def _described(layer: Layer, state: str, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
     """What the JSON says, checked; nothing where the tensors have no values yet."""
     array = layer.take(state, 1)
     if array.dtype != mx.uint8 or array.size > _LONGEST:
@@ -109,8 +155,11 @@ def _described(layer: Layer, state: str, shape: list[int]) -> dict[str, Any]:
         found = json.loads(bytes(array.tolist()))  # type: ignore[arg-type]
     except (ValueError, RecursionError):
         raise layer.error(state, "JSON", "other bytes") from None
-    if not isinstance(found, dict) or found.get("shape") != shape:
-        raise layer.error(state, f"the shape {shape}", shown(found.get("shape") if isinstance(found, dict) else found))
+    known = [list(shape) for shape in shapes]
+    if not isinstance(found, dict) or found.get("shape") not in known:
+        raise layer.error(
+            state, f"the shape {series(known)}", shown(found.get("shape") if isinstance(found, dict) else found)
+        )
     nested = layer.has(_NESTED[0])
     for field in ("blocksize", "nested_blocksize")[: 1 + nested]:
         if type(found.get(field)) is not int or found[field] < 1:

@@ -20,11 +20,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 from . import fp8
 from .affine import BITS, affine, signed_pairs
 from .family import Description, Family
+from .fields import Part
 from .gptq import in_order
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, mxfp8, nvfp4
@@ -35,6 +38,7 @@ from .schemes import (
     block_of,
     check,
     grid_of,
+    groups,
     is_named,
     of_each_output,
     scheme_of_words,
@@ -48,6 +52,7 @@ class CompressedTensors(Family):
     methods = ("compressed-tensors",)
     detail = "format"
     marks = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
+    fields = ("config_groups", "format", "global_compression_ratio", "moe_sparsity_config")
     formats = (
         "compressed-tensors `pack-quantized` | `weight_packed` in int32 | affine; in act-order float | packed; 16 bits",
         "compressed-tensors `int-quantized` | `weight` in int8 | affine, 8 bits | packed",
@@ -60,12 +65,16 @@ class CompressedTensors(Family):
     def check(self, description: Description) -> None:
         check(description)
 
+    def parts(self, description: Description) -> Iterable[Part]:
+        return [("", description, self.fields), *groups(description)]
+
     def settings(self, description: Description, name: str) -> Description:
-        """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for any."""
+        """``schemes``: the weight schemes that may apply to a layer, those that name it, else those for its class."""
         described = (description.get("config_groups") or {}).values()
         groups = [group for group in described if group and group.get("weights")]
         named = [group["weights"] for group in groups if any(is_named(t, name) for t in group.get("targets") or [])]
-        schemes = named or [group["weights"] for group in groups if "Linear" in (group.get("targets") or ["Linear"])]
+        kind = "Embedding" if name.endswith("embed_tokens") else "Linear"
+        schemes = named or [group["weights"] for group in groups if kind in (group.get("targets") or [kind])]
         return {**description, "schemes": schemes}
 
     def decode(self, layer: Layer) -> Decoded:

@@ -3,25 +3,29 @@
 ``weight […, R, C]`` e4m3. Despite its name, ``weight_scale_inv`` multiplies too. The scale is ``[]`` or ``[1]``,
 ``[R]`` or ``[R, 1]``, or ``[⌈R/b⌉, ⌈C/b⌉]`` in the orientation of the weight, with the last blocks cut short
 (ModelOpt: ``[R/b, 1, C/b, 1]``). Blocks with e8m0 scales (powers of two) are MXFP8 with every scale repeated, and stay
-packed where 32 divides them. Sources: ``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors
-0.19, ModelOpt 0.47. `fbgemm_fp8` and SGLang's `w8a8_fp8` have a scale an output. ComfyUI's ``scale_weight`` is one for
-the whole, and needs no description. AngelSlim 0.5 has two for fused experts, of gate and of up: ``[E, 2]``.
+packed where 32 divides them. Where GPTQModel says ``weight_scale_semantics`` ``inverse``, ``w = e4m3 /
+weight_scale_inv``. `fbgemm_fp8` and SGLang's `w8a8_fp8` have a scale an output. ComfyUI's ``scale_weight`` is one for
+the whole, and needs no description. AngelSlim 0.5 has two for fused experts, of gate and of up: ``[E, 2]``. Sources:
+``integrations/finegrained_fp8.py`` of transformers 5.23, compressed-tensors 0.19, ModelOpt 0.47, GPTQModel 7.7.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import check_block, series
-from .family import Description, Family
+from .family import Description, Family, by_rules, check_rules, rules
+from .fields import Part
 from .layer import IGNORED, Decoded, Layer, Tensors
 from .microscaling import mxfp8
 from .numbers import e4m3, e8m0, has_mode, loaded_e4m3
 
 TENSOR, CHANNEL = (0, 0), (1, 0)
+_SHARED: dict[Any, tuple[int, int]] = {"tensor": TENSOR, "row": CHANNEL}  # by GPTQModel's ``weight_scale_method``
 _BLOCK = (128, 128)  # of the official releases; where nothing is said, the shape has to fit it
 
 
@@ -29,6 +33,11 @@ class Fp8(Family):
     methods = ("fp8", "fbgemm_fp8", "w8a8_fp8")
     detail = "fmt"
     marks = ("weight_scale_inv", "weight_scale", "scale_weight")
+    fields = (
+        *("fmt", "weight_block_size", "scale_fmt", "weight_scale_semantics", "weight_scale_method", "bits", "sym"),
+        *("group_size", "desc_act", "format", "checkpoint_format", "data_type", "extra_config"),
+        "is_checkpoint_fp8_serialized",
+    )
     formats = (
         (
             "FP8 of the official releases, transformers, ModelOpt, compressed-tensors, AutoFP8, AngelSlim, fbgemm and "
@@ -46,6 +55,13 @@ class Fp8(Family):
 
     def check(self, description: Description) -> None:
         check_block("", description, "weight_block_size")
+        check_rules(description)
+
+    def parts(self, description: Description) -> Iterable[Part]:
+        return rules(description, self.fields)
+
+    def settings(self, description: Description, name: str) -> Description:
+        return by_rules(description, name)
 
     def halves(self, tensors: Tensors, axis: int, settings: Description) -> tuple[Tensors, Tensors] | None:
         """A layer cut in two along an axis, -1 or -2, before it is decoded; None where that goes through a block."""
@@ -72,7 +88,12 @@ class Fp8(Family):
         form = layer.settings.get("scale_fmt") or "ue8m0"
         if layer.has(suffix, mx.uint8) and form != "ue8m0":
             raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
-        return scaled(layer, layer.take("weight", 2), suffix, described_block(layer.settings))
+        shared = described_block(layer.settings)
+        if method := layer.setting("weight_scale_method", "tensor, row or block", *_SHARED, "block", None):
+            shared = _SHARED.get(method, shared)
+        if layer.setting("weight_scale_semantics", "inverse, or nothing", "inverse", None):
+            layer.tensors[suffix] = 1 / layer.floats(suffix).astype(mx.float32)
+        return scaled(layer, layer.take("weight", 2), suffix, shared)
 
 
 class Cast(Family):

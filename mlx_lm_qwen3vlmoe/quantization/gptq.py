@@ -14,15 +14,15 @@ Source: ``gptqmodel/nn_modules/qlinear`` and ``gptqmodel/utils/planar_packing.py
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import check_kinds, series
 from .affine import affine, group_size_of, ungrouped
-from .family import Description, Family
+from .family import Description, Family, by_rules, check_rules, rules
+from .fields import Part
 from .layer import Decoded, Layer
 from .packing import pack, unpack, unpack_planes
 
@@ -33,6 +33,13 @@ class Gptq(Family):
     methods = ("gptq",)
     detail = "checkpoint_format"
     marks = ("qweight", "qzeros", "g_idx")
+    fields = (
+        *("bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "damp_auto_increment"),
+        *("act_group_aware", "model_name_or_path", "model_file_base_name", "is_marlin_format", "awq_gemm_checkpoint"),
+        *("use_cuda_fp16", "use_exllama", "exllama_config", "disable_exllama", "max_input_length", "model_seqlen"),
+        *("pad_token_id", "cache_block_outputs", "module_name_preceding_first_block", "batch_size", "data_type"),
+        *("mse", "v2", "v2_alpha", "gptaq", "foem", "parallel_packing", "device", "offload_to_disk"),
+    )
     formats = (
         "GPTQ, 2 to 8 bits: `gptq`, `gptq_v2`, `gptq_p` | `qweight`, by `quant_method` | affine; 7 bits as 8 | packed",
         "GPTQ in act-order | the same, and a `g_idx` that is out of order | float | 16 bits",
@@ -40,17 +47,14 @@ class Gptq(Family):
     turned = ("qweight",)
 
     def check(self, description: Description) -> None:
-        check_kinds("", description, dynamic=dict, group_size=int)
-        for rule, fields in (description.get("dynamic") or {}).items():
-            if isinstance(fields, dict):
-                check_kinds(f"dynamic.{rule}.", fields, bits=int, group_size=int)
+        check_kinds("", description, group_size=int)
+        check_rules(description)
+
+    def parts(self, description: Description) -> Iterable[Part]:
+        return rules(description, self.fields)
 
     def settings(self, description: Description, name: str) -> Description:
-        """``dynamic`` has rules for layers whose names match: ``"+:regex"`` (or without the sign) → other fields."""
-        for rule, fields in (description.get("dynamic") or {}).items():
-            if isinstance(fields, dict) and not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
-                return {**description, **fields}
-        return description
+        return by_rules(description, name)
 
     def decode(self, layer: Layer) -> Decoded:
         known = ("gptq", "gptq_v2", "gptq_p")

@@ -17,13 +17,15 @@ the first in the highest bits:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import series
 from .affine import affine, regroup
-from .family import Family
+from .family import Description, Family
+from .fields import Part, objects
 from .layer import Decoded, Layer
 from .packing import pack
 
@@ -32,6 +34,7 @@ _OF_NO_USE = (
     *("channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "packing", "quant_scale"),
     *("quant_zero", "round_zero", "stores_quant_config", "unpack_view_dtype", "view_as_float"),
 )
+_OF_WEIGHTS = ("nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float")
 _STORED_AS = {8: (8, 6, 5), 4: (4,), 3: (3,), 2: (2, 1.58)}
 
 
@@ -39,10 +42,16 @@ class Hqq(Family):
     methods = ("hqq",)
     detail = ""  # its description is nested
     marks = ("W_q", "scale", "zero", *_NUMBERS, *_OF_NO_USE)
+    fields = ("quant_config", "bits", "group_size")
     formats = (
         "HQQ, 2, 3, 4, 5, 6 or 8 bits | `W_q` | affine | packed",
         "HQQ along the other axis, or in groups of 8 or 16 | the same, with `axis` 0 | float | 16 bits",
     )
+
+    def parts(self, description: Description) -> Iterable[Part]:
+        nested = objects("quant_config", description.get("quant_config"), _OF_WEIGHTS)
+        own = objects("", {"quant_config": description.get("quant_config")}, ("weight_quant_params", "offload_meta"))
+        return [("", description, self.fields), *own, *nested]
 
     def decode(self, layer: Layer) -> Decoded:
         outputs, inputs = layer.linear_shape("W_q")

@@ -30,6 +30,7 @@ class EightBits(Family):
     methods = ("w8a8_int8", "blockwise_int8")
     detail = ""
     marks = ("weight_scale", "weight_scale_inv")
+    fields = ("weight_block_size", "is_checkpoint_fp8_serialized")
     formats = ("SGLang `w8a8_int8`, `blockwise_int8` | `weight` in int8 | affine, 8 bits | packed",)
 
     def check(self, description: Description) -> None:
@@ -54,6 +55,7 @@ class FourBits(Family):
     methods = ("w4afp8", "w4a8_awq")
     detail = ""
     marks = ("weight_scale_inv", "qweight", "weight_scale", "weight_scale.int4")
+    fields = ("weight_block_size", "weight_group_size", "is_checkpoint_w4afp8_serialized")
     formats = (
         "SGLang `w4afp8`, AngelSlim `w4a8_awq`: experts | `weight` or `qweight` in int8 | affine, 4 bits | packed",
         "the same: other layers | `weight` in e4m3 | float | 16 bits",

@@ -18,6 +18,7 @@ class Metal(Family):
     methods = ("metal",)
     detail = "bits"
     marks = ("qbiases",)
+    fields = ("bits", "group_size")
     formats = (
         "metal of transformers, 2, 4 or 8 bits | `qbiases` | affine | packed",
         "metal, groups of 16 | the same, with `group_size` 16 | float | 16 bits",

@@ -18,12 +18,15 @@ Source: ``modelopt/torch/export/quant_utils.py`` and ``modelopt/torch/quantizati
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 from ..errors import check_kinds, series, shown
 from . import fp8, schemes
 from .affine import affine, dequantize
 from .family import Description, Family
+from .fields import Part, objects
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp8, nvfp4
 from .packing import pack
@@ -33,6 +36,10 @@ class ModelOpt(Family):
     methods = ("modelopt",)
     detail = "quant_algo"
     marks = ("weight_scale", "weight_scale_2", "pre_quant_scale")
+    fields = (
+        *("quant_algo", "group_size", "quantized_layers", "config_groups", "quantization", "has_zero_point"),
+        *("pre_quant_scale", "awq_block_size"),
+    )
     formats = (
         (
             "NVFP4 of compressed-tensors and ModelOpt | `weight_global_scale`, or `weight_scale_2` | "
@@ -49,6 +56,10 @@ class ModelOpt(Family):
             if isinstance(fields, dict):
                 check_kinds(f"quantized_layers.{name}.", fields, group_size=int)
         schemes.check(description)
+
+    def parts(self, description: Description) -> Iterable[Part]:
+        layers = objects("quantized_layers", description.get("quantized_layers"), self.fields)
+        return [("", description, self.fields), *layers, *schemes.groups(description)]
 
     def settings(self, description: Description, name: str) -> Description:
         """``quantized_layers`` has the algorithm of single layers, where it is MIXED_PRECISION."""

@@ -19,6 +19,7 @@ like MXFP4, is refused. Source: ``quark/torch`` (``export``, ``utils/pack.py``, 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 
 import mlx.core as mx
 
@@ -26,15 +27,36 @@ from ..errors import check_kinds, description_error, shown
 from . import fp8
 from .affine import affine
 from .family import Description, Family
+from .fields import Part, objects
 from .layer import Decoded, Layer
 from .microscaling import mxfp4, mxfp6, nvfp4
 from .packing import AWQ, PLAIN, pack, transpose_nibbles, unpack_outputs
+
+_STAGE = (
+    *(
+        "dtype",
+        "qscheme",
+        "ch_axis",
+        "group_size",
+        "block_size",
+        "symmetric",
+        "scale_format",
+        "scale_type",
+        "round_method",
+    ),
+    *("scale_calculation_mode", "zero_point_type", "is_scale_quant", "is_dynamic", "observer_cls", "qat_spec"),
+    *("enable_buffer_reuse", "max_input_numel", "mx_element_dtype"),
+)
 
 
 class Quark(Family):
     methods = ("quark",)
     detail = "version"
     marks = ("weight_scale", "weight_scale_2", "weight_zero_point", "weight_zero_point_2")
+    fields = (
+        *("global_quant_config", "layer_quant_config", "layer_type_quant_config", "export", "algo_config"),
+        *("quant_mode", "kv_cache_quant_config", "kv_cache_post_rope", "softmax_quant_spec"),
+    )
     formats = (
         "Quark MXFP4 | `weight` in uint8, by `quantization_config` | `mxfp4` | packed",
         "Quark MXFP6, E2M3 and E3M2 | the same | `mxfp8` | packed",
@@ -49,6 +71,16 @@ class Quark(Family):
         for home in ("layer_quant_config", "layer_type_quant_config"):
             for name, layer in (description.get(home) or {}).items():
                 check_kinds(f"{home}.", {name: layer}, **{name: dict})
+
+    def parts(self, description: Description) -> Iterable[Part]:
+        layers = {"global_quant_config": description.get("global_quant_config")}
+        for home in ("layer_quant_config", "layer_type_quant_config"):
+            layers |= {f"{home}.{name}": layer for name, layer in (description.get(home) or {}).items()}
+        found: list[Part] = [("", description, self.fields)]
+        for name, layer in layers.items():
+            weight = (layer or {}).get("weight")
+            found += objects(f"{name}.weight", weight if isinstance(weight, list) else [weight], _STAGE)
+        return found
 
     def settings(self, description: Description, name: str) -> Description:
         """``stages``: the descriptions of a layer's weight, of which there are two where scales are quantized, too."""

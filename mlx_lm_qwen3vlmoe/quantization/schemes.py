@@ -15,16 +15,21 @@ Source: ``compressed_tensors/quantization/quant_args.py`` and ``compressors/form
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import check_block, check_kinds, description_error, series
+from .fields import Part, objects
 from .fp8 import CHANNEL, TENSOR, spread
 from .layer import Layer
+from .patterns import pattern
 
 Scheme = dict[str, Any]
+_FIELDS = (
+    *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
+    *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
+)
 _FORMATS = (
     *("dense", "mixed-precision", "naive-quantized", "int-quantized", "float-quantized", "pack-quantized"),
     *("mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized"),
@@ -38,19 +43,24 @@ def check(config: dict[str, Any]) -> None:
     for key, group in (config.get("config_groups") or {}).items():
         check_kinds("config_groups.", {key: group}, **{key: dict})
         check_kinds(where := f"config_groups.{key}.", group or {}, weights=dict, targets=list)
+        for target in (group or {}).get("targets") or []:
+            is_named(target, "")
         weights = (group or {}).get("weights") or {}
         check_kinds(f"{where}weights.", weights, num_bits=int, group_size=int, strategy=str, symmetric=bool)
         check_block(f"{where}weights.", weights, "block_structure")
 
 
+def groups(description: dict[str, Any]) -> list[Part]:
+    """The groups of a checked description and their schemes, with the fields that are known."""
+    described = description.get("config_groups") or {}
+    schemes = [{"weights": (group or {}).get("weights")} for group in described.values()]
+    nested = [part for key, each in zip(described, schemes, strict=True) for part in objects(key, each, _FIELDS)]
+    return [*objects("config_groups", described, ("targets", "weights", "format")), *nested]
+
+
 def is_named(target: Any, name: str) -> bool:
     """Whether a target of ``config_groups`` is this layer."""
-    if not str(target).startswith("re:"):
-        return target == name
-    try:
-        return re.match(target[3:], name) is not None
-    except re.error as error:
-        raise description_error("targets", f"a regular expression after re: ({error})", target) from None
+    return pattern("targets", target[3:]).match(name) if str(target).startswith("re:") else bool(target == name)
 
 
 def schemes_for(layer: Layer, kind: str, *bits: int) -> list[Scheme]:
