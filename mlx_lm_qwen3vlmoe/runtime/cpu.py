@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3_moe, switch_layers
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from .backend import device, planning
 from .streams import count, on, side_by_side
@@ -67,8 +68,8 @@ def _takes_streams(module: Any, training: bool) -> bool:
 
 
 def _with_base(module: nn.Module, change: Callable[[Any], Any]) -> nn.Module:
-    """A layer of LoRA around what a change makes of its base. What other programs wrap is theirs, and stays."""
-    if "lora_a" not in module or "linear" not in module:
+    """A layer of LoRA around what a change makes of its base. All others, such as DoRA, look into theirs, and stay."""
+    if type(module) not in (LoRALinear, LoRASwitchLinear):
         return module
     twin: Any = copy.copy(module)
     twin["linear"] = change(module["linear"])
