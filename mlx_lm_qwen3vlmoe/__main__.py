@@ -20,7 +20,7 @@ examples:
   mlx-lm-qwen3vlmoe doctor                                    do mlx_lm commands use this package here?
   mlx-lm-qwen3vlmoe run generate --model MODEL --prompt Hi    mlx_lm.generate, where start-up files do not run
 
-exit status: 0 for yes, 1 for no, with the reason, 2 for a wrong command line, 130 after Ctrl-C
+exit status: 0 for yes, 1 for no, with the reason, 130 after Ctrl-C, 2 for a wrong command line
 """
 
 
@@ -51,7 +51,7 @@ def _add(commands: Any, name: str, what: str, example: str, status: str) -> argp
         name,
         help=what,
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog=f"example:\n  {NAME} {example}\n\nexit status: {status}, 2 for a wrong command line, 130 after Ctrl-C",
+        epilog=f"example:\n  {NAME} {example}\n\nexit status: {status}, 130 after Ctrl-C, 2 for a wrong command line",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

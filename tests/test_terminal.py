@@ -89,6 +89,7 @@ HOSTILE = {
     "field": {"text": {"hidden_act": "\x1b[2J"}},
     "surrogate in a field": {"text": {"hidden_act": "\ud800"}},
     "long field": {"text": {"hidden_act": "x" * 2_000_000}},
+    "name of a field": {"text": {"scale\x1b[2J\n" + "x" * 2_000_000: 3}},
     "description": {"quantization": {"group_size": 64, "bits": 4, "mode": "\x1b[2J"}},
     "method": {"quantization_config": {"quant_method": "\x1b[2J"}},
     "type": {"model_type": "\x1b[2J"},

@@ -6,6 +6,7 @@ import logging
 import re
 from typing import Any
 
+from ..errors import shortened
 from .nesting import DEFAULTS, TEXT_FIELDS
 
 logger = logging.getLogger(__name__)
@@ -32,4 +33,5 @@ def report_unread(text: dict[str, Any]) -> None:
         if _MEANINGFUL.search(field) and not neutral and not field.startswith("_"):
             unread.append(field)
     if unread:
-        logger.warning("config.json: %s: neither transformers nor this package reads this here", ", ".join(unread))
+        names = ", ".join(map(shortened, unread[:20]))
+        logger.warning("config.json: %s: neither transformers nor this package reads this here", names)
