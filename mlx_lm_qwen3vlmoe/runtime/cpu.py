@@ -68,7 +68,7 @@ def _takes_streams(module: Any, training: bool) -> bool:
 
 def _with_base(module: nn.Module, change: Callable[[Any], Any]) -> nn.Module:
     """A layer of LoRA around what a change makes of its base. All others, such as DoRA, look into theirs, and stay."""
-    if type(module).__module__ != "mlx_lm.tuner.lora":
+    if type(module).__module__ != "mlx_lm.tuner.lora" or "linear" not in module:
         return module
     twin: Any = copy.copy(module)
     twin["linear"] = change(module["linear"])
