@@ -2,3 +2,7 @@
 
 Nothing here reads the data of a tensor: the config and the headers tell.
 """
+
+from .report import inspect, render
+
+__all__ = ["inspect", "render"]
