@@ -235,6 +235,13 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantizat
                 continue
             if suffix != "weight":
                 raise MissingTensorError(f"{path}.scales", f"beside {suffix}", "nothing", MISSING_FILE)
+            if isinstance(quantization.get(path), dict):  # the host would quantize the layer, and then miss them
+                raise MissingTensorError(
+                    f"{path}.scales",
+                    "beside weight, as quantization in config.json lists this layer",
+                    "nothing",
+                    "Is quantization in config.json that of this checkpoint? If so, a file of it is missing.",
+                )
             if array.shape != expected:
                 fields = differing(axes(path), expected, array.shape)
                 raise shape_error(f"{path}.weight", f"the shape {list(expected)}", list(array.shape), fields)

@@ -25,6 +25,7 @@ from support.changes import (
     rename,
     reshape,
     text,
+    top,
     turn,
     without,
 )
@@ -164,6 +165,14 @@ def test_another_model(name, change, expected, tmp_path):
         ),
         pytest.param(
             "mlx_lm_4bit", cut(f"{MLX}.0.mlp.up_proj.scales", 128, 1), ["layers.0.mlp.up_proj"], id="mlx-scales"
+        ),
+        pytest.param(
+            "official",
+            top(
+                quantization={"group_size": 32, "bits": 4, "language_model.model.layers.0.mlp.gate": {"group_size": 64}}
+            ),
+            ["layers.0.mlp.gate.scales", "quantization in config.json lists this layer", "found nothing"],
+            id="mlx-lists-a-layer-of-floats",
         ),
     ],
 )
