@@ -235,12 +235,12 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantizat
                 continue
             if suffix != "weight":
                 raise MissingTensorError(f"{path}.scales", f"beside {suffix}", "nothing", MISSING_FILE)
-            if isinstance(quantization.get(path), dict):  # the host would quantize the layer, and then miss them
-                raise MissingTensorError(
-                    f"{path}.scales",
-                    "beside weight, as quantization in config.json lists this layer",
-                    "nothing",
-                    "Is quantization in config.json that of this checkpoint? If so, a file of it is missing.",
+            if isinstance(quantization.get(path), dict):  # the host would quantize the layer, and then miss its scales
+                raise CheckpointError(
+                    f"{path}.weight",
+                    "words and scales, as quantization in config.json lists this layer",
+                    "floats",
+                    "Is quantization in config.json that of this checkpoint?",
                 )
             if array.shape != expected:
                 fields = differing(axes(path), expected, array.shape)

@@ -171,7 +171,7 @@ def test_another_model(name, change, expected, tmp_path):
             top(
                 quantization={"group_size": 32, "bits": 4, "language_model.model.layers.0.mlp.gate": {"group_size": 64}}
             ),
-            ["layers.0.mlp.gate.scales", "quantization in config.json lists this layer", "found nothing"],
+            ["layers.0.mlp.gate.weight", "quantization in config.json lists this layer", "found floats"],
             id="mlx-lists-a-layer-of-floats",
         ),
     ],
