@@ -206,6 +206,7 @@ def _turned(weight: mx.array) -> bool:
         return False
     try:
         buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
+        mx.eval(buffer)  # while a call is traced, `memoryview` fails too late to be caught (MLX 0.31.2 and older)
         strides: Any = memoryview(buffer).strides
     except (RuntimeError, ValueError):  # traced by mx.compile: there are no values to lie anywhere
         return False
