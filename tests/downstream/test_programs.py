@@ -98,10 +98,14 @@ def test_a_program_loads_the_same_numbers(recipe, follow, converted, tmp_path):
     assert found[0] == found[1] != ""
 
 
-def test_llm_answers_from_an_official_checkpoint_with_this_package_only(follow, tiny_questions):
+OFFICIAL = ["ask_llm", *thorough("ask_mlx_openai_server", "ask_outlines", "ask_rapid_mlx", "ask_smolagents")]
+
+
+@pytest.mark.parametrize("recipe", OFFICIAL)
+def test_an_official_checkpoint_answers_with_this_package_only(recipe, follow, tiny_questions):
     pair = tiny_questions[0]
-    assert follow("ask_llm", TINY, pair["question"]).stdout.strip() == pair["answer"]
-    assert "'tie_word_embeddings'" in follow("ask_llm", TINY, pair["question"], env=UNCHANGED, check=False).stderr
+    assert follow(recipe, TINY, pair["question"]).stdout.strip() == pair["answer"]
+    assert "'tie_word_embeddings'" in follow(recipe, TINY, pair["question"], env=UNCHANGED, check=False).stderr
 
 
 def test_mlx_lm_lora_keeps_the_dtypes(follow, converted, tmp_path, tiny_questions):
