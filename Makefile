@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: demo test test-rest test-all lint fuzz matrix bench bench-quick bench-real bench-real-quick clean
+.PHONY: demo test test-rest test-all lint fuzz matrix downstream bench bench-quick bench-real bench-real-quick clean
 
 demo: $(VENV)/demo.stamp
 	@echo "Asking the tiny model in $(MODEL). Another question: make demo QUESTION='Who are you?'"
@@ -56,6 +56,10 @@ fuzz: $(VENV)/test.stamp
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/nox --no-error-on-missing-interpreters
+
+# Programs of others, of PyPI: 20 minutes, and 8 GB of disk for the torch of some. `.ci/run` has the quick ones.
+downstream: $(VENV)/test.stamp
+	$(BIN)/python -m pytest --verbose --durations=10 tests/downstream
 
 # Every measurement, for the figures and the plot in docs: up to 40 minutes, 12 GB of memory and 20 GB of disk.
 bench: $(VENV)/bench.stamp

@@ -98,8 +98,9 @@ def _fixed(variables: dict[str, str]) -> dict[str, str]:
 def _task(command: list[str]) -> tuple[str, list[str]] | None:
     """The Python of a virtual environment that runs a command, and code, a module or a script; None for all others."""
     first, *others = command
-    if not (Path(first).parent.parent / "pyvenv.cfg").exists():
-        return None
+    home = Path(first).parent.parent
+    if not (home / "pyvenv.cfg").exists() or not (home == Path(sys.prefix) or (home / "shared").exists()):
+        return None  # another environment may have another transformers; `Environment` links to the one here
     if Path(first).name.startswith("python"):
         runs = others and (not others[0].startswith("-") or others[0] in ("-c", "-m"))
         return (first, others) if runs else None
