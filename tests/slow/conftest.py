@@ -1,12 +1,14 @@
-"""Installers, each with folders of its own."""
+"""Installers, each with folders of its own; and a new interpreter for every command."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
-from support.commands import run
+from support.commands import WARM, run
 from support.installing import make_tool
+
+WARM.off = True  # some environments here have another transformers, or torch beside it
 
 
 @pytest.fixture(scope="module")
