@@ -53,7 +53,7 @@ CASES = [
     *(f"pipeline {name}" for name in FOREIGN_PIPELINE),
 ]
 # What `make test` runs: each kind of module that ranks cut, and each of what decides it.
-KINDS = {"official", "tied", "yarn", "mlx_lm_4bit", "awq-g64", "ct-mixed", "ct-mxfp4", "modelopt-nvfp4", "fp8-fused-v5"}
+KINDS = {"official", "yarn", "mlx_lm_4bit", "awq-g64", "modelopt-nvfp4"}
 # In 16 bits, with experts that this machine's CPU takes in float32, and with scales in float32.
 STORED = [
     *(f"tensor {name}" for name in ("tiny", "awq-g64", "fp8-fused-v5-bf16")),

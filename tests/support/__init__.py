@@ -24,7 +24,7 @@ quick = False  # for `make test`, which leaves thorough tests out: set before an
 
 def examples(number: int) -> int:
     """How many examples hypothesis draws."""
-    return number // 8 if quick else number
+    return number // 16 if quick else number
 
 
 def thorough(*values: object) -> list:
