@@ -101,5 +101,5 @@ def hidden_images(model_type: str) -> str:
 
 def warn_of_images(model_type: str) -> None:
     """Log that this package takes away what the host can do with images."""
-    if takes_images(model_type):
+    if isinstance(model_type, str) and takes_images(model_type):  # a config may have anything there
         logger.warning(hidden_images(model_type))
