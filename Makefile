@@ -10,6 +10,7 @@ FUZZ ?= --seconds 600
 # On a terminal, a bar shows the file that runs and how far it is; elsewhere, a line a test.
 PYTEST = @test -t 1 || verbose=--verbose; \
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal $$verbose --durations=10
+DRAWN := $(addprefix tests/test_,$(addsuffix .py,patterns properties way_back)) # all of hypothesis's examples
 STARTING := $(addprefix tests/test_,$(addsuffix .py,claims doctor host plugins registry security))
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +31,7 @@ test: $(VENV)/test.stamp
 test-rest: $(VENV)/test.stamp
 	$(PYTEST) -m thorough
 	$(PYTEST) -m "not thorough" --fresh $(STARTING)
+	$(PYTEST) $(DRAWN)
 
 test-all: test test-rest
 
