@@ -45,7 +45,8 @@ def test_a_tensor_that_is_missing_or_broken_is_named_as_in_the_file(name, tmp_pa
         check_sentence(message)
         where = message.partition(": expected ")[0]
         mixed = name in MIXED and path(where) == path(tensor)
-        assert where == tensor or mixed or name in ALIASED, message
+        aliased = name in ALIASED and where.rpartition(".")[0] == tensor.rpartition(".")[0]
+        assert where == tensor or mixed or aliased, message
         checkpoint.tensors[tensor] = dtype, np.tile(array, (3, *[1] * array.ndim))  # one axis more
         message = refusal(checkpoint.save(tmp_path))
         check_sentence(message)
