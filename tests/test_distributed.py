@@ -42,8 +42,8 @@ def layers_and_heads(path: Path) -> tuple[int, int]:
 
 
 FOREIGN = sorted(path.parent.name for path in QUANTIZED.glob("*/golden.safetensors"))
-# Packed in an odd number of groups: 160 inputs are five of 32.
-RAGGED = {"autoround-export-gptq-ragged", "autoround-ragged-asym", "gptq-w4-g128-uneven"}
+# Packed in an odd number of groups: 160 inputs are five of 32, an expert's 96 are three.
+RAGGED = {"autoround-export-gptq-ragged", "autoround-ragged-asym", "gptq-w4-g128-uneven", "gptqmodel-gguf-q4"}
 FOREIGN_TENSOR = [name for name in FOREIGN if layers_and_heads(QUANTIZED / name)[1] > 1 and name not in RAGGED]
 FOREIGN_PIPELINE = [name for name in FOREIGN if layers_and_heads(QUANTIZED / name)[0] > 1]
 CASES = [
