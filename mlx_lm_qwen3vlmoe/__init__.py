@@ -3,7 +3,7 @@
 Importing this package is cheap: neither mlx nor mlx_lm is imported until a model is asked for.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "CheckpointError": "errors",
