@@ -246,7 +246,8 @@ def test_ranks_that_cannot_share_a_model_are_told_how_many_can(request, name):
         assert "refusal" in report[name], report[name]
         message = report[name]["refusal"]
         assert field in message
-        assert f"that is {numbers}, found {ranks}" in message
+        assert f"expected {numbers} {'rank' if numbers == '1' else 'ranks'}, " in message
+        assert f"found {ranks} ranks" in message
         assert report[name]["evaluated"] < 50_000
 
 

@@ -23,7 +23,7 @@ THOROUGH = pytest.mark.thorough
 CAN_SHARD = hasattr(mlx_lm.models.qwen3_moe.Model, "shard")
 
 
-EMPTY = "expected model*.safetensors, found no such file. Is the download complete?"
+EMPTY = "expected model*.safetensors, found no such file. Is the download complete? If not, download it again."
 
 
 def inspect_command(*arguments: object, **options):
@@ -159,7 +159,7 @@ def test_every_tensor_of_every_fixture_is_accounted_for(folder):
     assert report["layout"] != "no experts"
     described = folder.name.endswith("4bit") or (folder.parent == QUANTIZED and folder.name != "fp8-cast")
     assert (report["quantization"] != "none") == described
-    assert re.match(r"needs [\d.]+ MB; this machine has \d+\.\d\n\n", render(report))
+    assert re.match(r"needs [\d.]+ MB; this machine has [\d.]+ GB\n\n", render(report))
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="needs mlx-lm 0.32.0")
@@ -240,7 +240,7 @@ def test_a_repository_that_the_hub_does_not_have_is_one_line(tmp_path, hub):
     done = inspect_command("no/model", check=False, env=hub | {"HF_HOME": str(tmp_path)})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "no/model: no such folder; the hub has no such repository, or shows it after a login only (hf auth login)."
+        "no/model: no such folder; the hub has no such repository, or shows it only after a login (hf auth login)."
     )
 
 
@@ -258,7 +258,7 @@ def test_a_path_that_is_no_folder_never_gets_to_the_hub(path, tmp_path, monkeypa
     """Nor does a folder without a checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(headers, "_hub_headers", None)
-    expected = "no such folder. A repository on the hub has a name like owner/model."
+    expected = "no such folder. If you mean a repository on the hub, its name has the form owner/model."
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {expected if path != '.' else EMPTY}")):
         inspect(path)
 
@@ -275,17 +275,17 @@ def test_a_file_is_no_folder(tmp_path):
 @pytest.mark.parametrize(
     ("info", "weights", "line"),
     [
-        ({"memory_size": 24 * 2**30}, 17.1e9, "needs 17.5 GB; this machine has 25.8"),
-        ({"total_memory": 16 * 10**9}, 17.1e9, "needs 17.5 GB; this machine has 16.0, which is not enough"),
+        ({"memory_size": 24 * 2**30}, 17.1e9, "needs 17.5 GB; this machine has 25.8 GB"),
+        ({"total_memory": 16 * 10**9}, 17.1e9, "needs 17.5 GB; this machine has 16 GB, which is not enough"),
         (
             {"memory_size": 24 * 2**30, "max_recommended_working_set_size": 16 * 2**30},
             17.1e9,
-            "needs 17.5 GB; this machine has 25.8, of which the GPU gets 17.2: raise that as mlx-lm's README says",
+            "needs 17.5 GB; this machine has 25.8 GB, but its GPU can use 17.2 GB: mlx-lm's README says how to raise that",
         ),
         (
             {"memory_size": 24 * 2**30, "max_recommended_working_set_size": 16 * 2**30},
             5e7,
-            "needs 0.453 GB; this machine has 25.8",
+            "needs 0.453 GB; this machine has 25.8 GB",
         ),
     ],
 )

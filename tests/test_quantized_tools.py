@@ -88,7 +88,7 @@ TEXT = mx.array(list(b"[" * 4000), mx.uint8)
             r"a positive integer for nested_blocksize|nested_quant_map: expected beside",
         ),
         ({"weight.quant_map": mx.ones(15)}, r"layer\.weight\.quant_map: expected the shape \[16\]"),
-        ({"weight": mx.zeros((96, 1))}, r"layer\.weight: expected uint8, by bnb_4bit_quant_storage"),
+        ({"weight": mx.zeros((96, 1))}, r"layer\.weight: expected uint8, according to bnb_4bit_quant_storage"),
         ({"weight": mx.zeros((6, 16), mx.uint8)}, r"layer\.weight: expected the shape \[96, 1\]"),
         ({STATE: None}, r"quant_state\.bitsandbytes__nf4: expected beside"),
         ({STATE: TEXT}, r"quant_state\.bitsandbytes__nf4: expected JSON"),
@@ -127,7 +127,7 @@ def test_a_part_of_an_hqq_layer_is_missing_tensors(suffix):
 
 def test_int8_of_bitsandbytes_in_another_order_than_rows_is_refused():
     tensors = {"weight": mx.zeros((4, 32), mx.int8), "SCB": mx.ones(4), "weight_format": mx.array(1, mx.uint8)}
-    with pytest.raises(CheckpointError, match=r"layer\.weight_format: expected 0, for rows"):
+    with pytest.raises(CheckpointError, match=r"layer\.weight_format: expected 0 \(rows\)"):
         decode(tensors, (4, 32), quant_method="bitsandbytes")
 
 

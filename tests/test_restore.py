@@ -294,7 +294,7 @@ def test_what_was_rounded_before_is_said(pair, tmp_path, caplog):
 def test_nothing_is_said_of_an_ordinary_pair(pair, tmp_path):
     done = command(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     assert done.stderr == ""
-    assert done.stdout == f"{tmp_path / 'out'}: 36 tensors of the tuned text, 27 of the original\n"
+    assert done.stdout == f"Wrote {tmp_path / 'out'}: 36 tensors from the tuned model, 27 from the original\n"
 
 
 def test_a_terminal_gets_a_bar(pair, tmp_path):

@@ -63,7 +63,8 @@ def test_a_layer_that_is_sparse_in_one_and_dense_in_the_other_is_named(tmp_path)
     made = converted(checkpoint.save(tmp_path / "other"), tmp_path / "tuned")
     message = refusal(made, FIXTURES / "official", tmp_path / "out")
     assert re.match(
-        r"model\.language_model\.layers\.1\.mlp\.\w+\.weight: expected in both checkpoints or in neither, found in ",
+        r"model\.language_model\.layers\.1\.mlp\.\w+\.weight: expected this tensor in both checkpoints or in neither, "
+        "found it in ",
         message,
     )
 

@@ -55,13 +55,13 @@ def test_a_second_set_of_weights_is_named_with_its_files(folder):
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors", "adapter_config.json"])
 def test_an_adapter_in_the_folder_is_not_applied(name, folder):
     save(folder, name)
-    assert f"{name}: an adapter lies in this folder, and a load does not apply it." in notes(folder)
+    assert f"{name}: an adapter is in this folder, but loading the model does not apply it." in notes(folder)
 
 
 @pytest.mark.parametrize("name", ["00000.safetensors", "pytorch_model.safetensors", "consolidated.safetensors"])
 def test_files_that_the_host_does_not_look_at_are_named(name, folder):
     save(folder, name)
-    assert f"{name}: mlx-lm does not look at what is not called model*.safetensors." in notes(folder)
+    assert f"{name}: mlx-lm reads only files that are named model*.safetensors." in notes(folder)
 
 
 def test_what_a_folder_has_instead_of_weights_is_named(folder):

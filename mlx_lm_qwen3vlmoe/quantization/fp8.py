@@ -87,7 +87,7 @@ class Fp8(Family):
         suffix = "weight_scale" if layer.has("weight_scale") else "weight_scale_inv"
         form = layer.settings.get("scale_fmt") or "ue8m0"
         if layer.has(suffix, mx.uint8) and form != "ue8m0":
-            raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
+            raise layer.error(suffix, f"floats, according to scale_fmt {form!r}", "powers of two (uint8)")
         shared = described_block(layer.settings)
         if method := layer.setting("weight_scale_method", "tensor, row or block", *_SHARED, "block", None):
             shared = _SHARED.get(method, shared)

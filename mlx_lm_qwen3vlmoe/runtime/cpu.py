@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +21,6 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from .backend import device, planning
 from .streams import count, on, side_by_side
 
-logger = logging.getLogger(__name__)
-
 
 def adapt(model: nn.Module) -> None:
     """Prepare a new model's experts for the device."""
@@ -31,6 +28,12 @@ def adapt(model: nn.Module) -> None:
         for module in model.modules():
             if type(module) is switch_layers.SwitchGLU:
                 module.__class__ = SwitchGLU
+
+
+def casts(model: nn.Module) -> bool:
+    """Whether each call casts experts to float32, which takes time."""
+    experts = (m for m in model.modules() if type(m) is SwitchLinear)
+    return device() == mx.cpu and any(module["weight"].dtype != mx.float32 for module in experts)
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -175,8 +178,6 @@ def _chosen(linear: nn.Module, x: mx.array, indices: mx.array, sorted_indices: b
 
 def _in_float32(linear: SwitchLinear, pairs: int, training: bool) -> Callable[..., mx.array]:
     """What multiplies 16-bit experts as `SwitchLinear` does, which MLX does in float32 only."""
-    if not planning():
-        _announce_cast(linear["weight"].dtype)
     weight: mx.array = linear["weight"]
     turned = _turned(weight)
     rows = weight.swapaxes(-1, -2) if turned else weight  # as it lies in memory: a copy in another order is slow
@@ -211,12 +212,3 @@ def _turned(weight: mx.array) -> bool:
     except (RuntimeError, ValueError):  # traced by mx.compile: there are no values to lie anywhere
         return False
     return bool(strides[-2] < strides[-1])
-
-
-@functools.cache
-def _announce_cast(dtype: mx.Dtype) -> None:
-    logger.warning(
-        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s at every use, which "
-        "takes time. Quantized experts (mlx_lm.convert -q) run as they are, and faster.",
-        str(dtype).rpartition(".")[2],
-    )
