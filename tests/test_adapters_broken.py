@@ -20,7 +20,7 @@ FIELDS = [
     ({"peft_type": "VERA"}, "peft_type: expected LORA"),
     ({"peft_type": "XLORA"}, "peft_type: expected LORA"),
     ({"peft_type": "ADALORA"}, "peft_type: expected LORA"),
-    ({"peft_type": None}, "peft_type: expected a text, found nothing"),
+    ({"peft_type": None}, "peft_type: expected a string, found nothing"),
     ({"bias": "all"}, "bias: expected none"),
     ({"lora_bias": True}, "lora_bias: expected nothing"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected nothing"),
@@ -36,7 +36,7 @@ FIELDS = [
     ({"r": 2.0}, "r: expected a positive integer"),
     ({"r": True}, "r: expected a positive integer"),
     ({"r": 10**12}, "r: expected a positive integer"),
-    ({"r": 3}, "by r and rank_pattern"),
+    ({"r": 3}, "according to r and rank_pattern"),
     ({"r": None}, "r: expected a positive integer, found nothing"),
     ({"lora_alpha": float("nan")}, "lora_alpha: expected a number"),
     ({"lora_alpha": float("inf")}, "lora_alpha: expected a number"),
@@ -77,7 +77,7 @@ TENSORS = [
     (added(LAYER.format(0) + "self_attn.q_proj.ia3_l", 64, 1), "q_proj.ia3_l: expected"),
     (added("base_model.model.lm_head.weight", 96, 40), "lm_head.weight: expected"),
     (added("base_model.model.model.thinker.layers.0.q_proj.lora_A.weight", 2, 40), "thinker.layers.0.q_proj.lora_A"),
-    (added(LAYER.format(0) + "self_attn.q_proj.lora_A.second.weight", 2, 40), "found both"),
+    (added(LAYER.format(0) + "self_attn.q_proj.lora_A.second.weight", 2, 40), "found two"),
     (
         added("model.layers.0.self_attn.q_proj.lora_A.weight", 2, 40),
         "expected one of these, as they are the same tensor, found both",
@@ -281,7 +281,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     convert(str(ADAPTERS / "attention"), str(tmp_path / "out"))  # empty, it is taken
     before = tensors(tmp_path / "out")
-    assert "out: expected nothing, or an empty folder" in refusal(ADAPTERS / "experts", tmp_path)
+    assert "out: expected a new or empty folder" in refusal(ADAPTERS / "experts", tmp_path)
     assert equal(tensors(tmp_path / "out"), before)
 
 

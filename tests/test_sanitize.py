@@ -173,7 +173,10 @@ def test_vision_and_meaningless_tensors_are_dropped_by_name():
         ({"model.language_model.layers.0.mlp.experts.bias": mx.ones(1)}, r"layers\.0\.mlp\.experts\.bias: expected"),
         ({"visual_extra.weight": mx.ones(1)}, r"^visual_extra\.weight"),
         ({"language_model.lm_head.weight": mx.ones(1)}, r"language_model\.lm_head\.weight.*found both"),
-        ({"model.language_model.layers.0.mlp.experts.gate_up_proj": None}, r"gate_up_proj: expected beside the other"),
+        (
+            {"model.language_model.layers.0.mlp.experts.gate_up_proj": None},
+            r"gate_up_proj: expected this tensor beside the other",
+        ),
         ({"lm_head.weight": None}, r"^lm_head\.weight: expected .* found nothing"),
         (
             {"model.language_model.layers.0.mlp.experts.down_proj": mx.ones((E, I, H + 1))},
@@ -194,7 +197,10 @@ def test_a_broken_checkpoint_is_one_error_that_names_the_tensor(change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"1.up_proj": None}, r"layers\.1\.mlp\.experts\.1\.up_proj\.weight: expected beside the other experts"),
+        (
+            {"1.up_proj": None},
+            r"layers\.1\.mlp\.experts\.1\.up_proj\.weight: expected this tensor beside the other experts",
+        ),
         ({"3.up_proj": (I, H)}, r"experts\.3\.up_proj\.weight: expected no expert after 2"),
         (
             {"2.up_proj": (I, H + 1)},

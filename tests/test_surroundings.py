@@ -27,8 +27,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def notes(folder: Path) -> str:
-    return "\n".join(inspect(str(folder))["notes"])
+def notes(folder: Path, on: str | None = None) -> str:
+    return "\n".join(inspect(str(folder), on=on)["notes"])
 
 
 def save(folder: Path, name: str, dtype: str = "F32") -> None:
@@ -37,8 +37,8 @@ def save(folder: Path, name: str, dtype: str = "F32") -> None:
 
 
 def test_a_folder_of_one_save_has_no_notes(folder):
-    assert notes(folder) == ""
-    assert notes(TINY) == ""
+    assert notes(folder, on="gpu") == ""
+    assert notes(TINY, on="gpu") == ""
 
 
 def test_a_second_set_of_weights_is_named_with_its_files(folder):
@@ -77,7 +77,7 @@ def test_a_missing_tensor_and_the_file_that_it_may_be_in_are_told_together(folde
     (folder / "model-00002-of-00006.safetensors").rename(folder / "00002.safetensors")
     said = render(inspect(str(folder)))
     assert "\nloads         no: " in said
-    assert "\nnote          00002.safetensors: mlx-lm does not look at " in said
+    assert "\nnote          00002.safetensors: mlx-lm reads only files " in said
 
 
 def test_quanto_is_named(folder):
@@ -197,4 +197,4 @@ def test_a_repository_is_looked_at_like_a_folder(tmp_path):
         done = run(*command, check=False, env=variables | {"HF_HOME": str(tmp_path)})
     report = json.loads(done.stdout)
     assert report["error"].startswith("jang_config.json: quantization.hadamard_rotation: expected false")
-    assert report["notes"][0].startswith("00000.safetensors: mlx-lm does not look at")
+    assert report["notes"][0].startswith("00000.safetensors: mlx-lm reads only files")

@@ -156,7 +156,7 @@ class Decoder:
         """Log once what became float, and what that costs."""
         if self._reasons:
             logger.warning(
-                "MLX cannot keep some layers of this checkpoint quantized (%s). They become floats: %s in memory "
+                "MLX cannot keep some layers of this checkpoint quantized (%s). They are dequantized: %s in memory "
                 "for %s in the file. mlx_lm.convert -q writes a smaller copy.",
                 ", ".join(self._reasons),
                 in_bytes(self._after),

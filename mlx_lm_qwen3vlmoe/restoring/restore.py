@@ -99,7 +99,7 @@ def _compare(text: Tuned, target: Original) -> None:
             raise CheckpointError(
                 f"{path}.weight",
                 "this tensor in both checkpoints or in neither",
-                f"it in {one} and not in {other}",
+                f"one in {one} and none in {other}",
                 "Use the original that this model was tuned from.",
             )
 
