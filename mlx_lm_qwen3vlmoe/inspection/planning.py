@@ -118,7 +118,7 @@ def shares(model: Any, ranks: int, cache: list[int]) -> dict[str, Any]:
     ):
         try:
             if not hasattr(model, "shard"):
-                raise CheckpointError("more than one machine needs mlx-lm 0.32.0 or newer: update mlx-lm")
+                raise CheckpointError("more than one machine needs mlx-lm 0.32.0 or newer: update mlx-lm.")
             parallel.check(ranks, mode, sizes)
             plan[mode] = {"error": None, "ranks": share(model, ranks, cache)}
         except CheckpointError as e:

@@ -58,7 +58,7 @@ _STRANGERS = {
         "part of a draft model for speculative decoding. Save a copy of the checkpoint without the draft model."
     ),
     r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.": (
-        "part of Qwen3-Omni. That is another model type, which this package cannot load."
+        "part of Qwen3-Omni. This package cannot load that model type: use a Qwen3-VL-MoE checkpoint."
     ),
     r"\.bias$": (
         "a bias, which this model type does not have. Is config.json from this checkpoint? If so, the model was "

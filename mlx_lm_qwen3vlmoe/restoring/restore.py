@@ -71,7 +71,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
 
 def _check_places(tuned: Path, original: Path, out: Path) -> None:
     if tuned.resolve() == original.resolve():
-        remedy = "The original is the checkpoint with the vision tower."
+        remedy = "Use the checkpoint with the vision tower as the original."
         raise CheckpointError(tuned, "a tuned model and its original", "one folder for both", remedy)
     for inner, outer in ((out, tuned), (out, original), (tuned, original)):
         if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
