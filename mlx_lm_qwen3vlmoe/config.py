@@ -93,7 +93,7 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     _normalize_rope(text, _transformers(config))
     _name_dtype(config, text)
     # The head is always a tensor of its own (shared with the embeddings, not copied, in a tied model): what is saved
-    # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head.
+    # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head. Until: none known.
     text["tie_word_embeddings"] = False
     return text
 

@@ -111,7 +111,7 @@ def test_the_report_in_the_document_is_what_inspect_prints(tmp_path, tiny_questi
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
-PAGES = [*DOCUMENTS.values(), *sorted((ROOT / ".github").rglob("*.md")), *sorted((ROOT / "tests").rglob("README.md"))]
+PAGES = [*DOCUMENTS.values(), *sorted((ROOT / "tests").rglob("README.md"))]
 LINK = re.compile(
     r"""\]\((?P<inline>[^)\s]+)[^)]*\)  # [text](target "title"), and pictures
     | ^\ *\[[^]]+\]:\ *(?P<reference>\S+)  # [name]: target
@@ -135,7 +135,7 @@ def anchors(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(file):
-    """In README, CONTRIBUTING, CHANGELOG, SECURITY, docs, the templates of .github and the READMEs of the fixtures."""
+    """In README, CONTRIBUTING, CHANGELOG, SECURITY, docs and the READMEs of the fixtures."""
     for match in LINK.finditer(without_code(file.read_text())):
         target = next(filter(None, match.groups()))
         if target.startswith(("https://", "http://", "mailto:")):
@@ -147,6 +147,23 @@ def test_every_relative_link_leads_somewhere(file):
         assert linked.exists(), target
         assert linked.is_relative_to(ROOT), target
         assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [
+        ("ISSUE_TEMPLATE/bug.md", ["mlx-lm-qwen3vlmoe doctor --verbose", "mlx-lm-qwen3vlmoe inspect"]),
+        ("ISSUE_TEMPLATE/checkpoint.md", ["public repository", "mlx-lm-qwen3vlmoe inspect", '"Add a format"']),
+        ("pull_request_template.md", ["CHANGELOG.md", "make lint", "make test", '"Make a fixture"']),
+    ],
+)
+def test_a_template_asks_for_what_is_needed(template, asked):
+    text = (ROOT / ".github" / template).read_text()
+    assert all(part in text for part in asked)
+    assert not LINK.search(text)  # GitHub does not resolve those of an issue
+    headings = re.findall(r"(?m)^## (.+)$", DOCUMENTS["CONTRIBUTING.md"].read_text())
+    assert set(re.findall(r'"(.+?)" in CONTRIBUTING.md', text)) <= set(headings)
+    assert not template.startswith("ISSUE") or re.match(r"---\nname: .+\nabout: .+\nlabels: .+\n---\n", text)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -240,6 +257,17 @@ def test_a_message_of_this_package_is_in_its_sources(message):
 def test_a_message_of_the_host_is_in_its_sources(message):
     _, texts = errors_and_texts(HOSTS)
     assert any(normalized(message.replace("qwen3_vl_moe", "…")) in text for text in texts)
+
+
+def test_the_table_of_workarounds_is_that_of_the_code():
+    """Each has a comment that says when it can go."""
+    folder = Path(mlx_lm_qwen3vlmoe.__file__).parent
+    until = re.compile(r"\bUntil: (MLX #\d+|(?:MLX|mlx-lm) \d+\.\d+\.\d+|none known)\b")
+    found = [(end, str(file.relative_to(folder))) for file in OURS for end in until.findall(file.read_text())]
+    assert len(found) == sum(file.read_text().count("Until: ") for file in OURS)  # no other spelling
+    section = DOCUMENTS["hosts.md"].read_text().partition("\n## Workarounds\n")[2]
+    rows = re.findall(r"(?m)^\| (MLX|mlx-lm|none) \[?([^]`|]+)\]?(?:\(.+\))? \| `(.+?)` \| .+ \|$", section)
+    assert sorted(found) == sorted((f"{program} {end.strip()}", file) for program, end, file in rows)
 
 
 def test_the_table_of_formats_is_that_of_the_code():

@@ -28,7 +28,7 @@ VERBS = (
     *("If you mean a", "Is", "Are", "Was", "Did"),  # a question, of which the answer tells where to look
 )
 SAYS_WHAT_TO_DO = re.compile(rf"(?:^|[.:?,;] |or )(?:{'|'.join(VERBS)}) .*[.?…]$", re.IGNORECASE)
-TAKEN_APART = {"stranger"}  # whose remedies are in a table
+TAKEN_APART = {"__init__", "stranger"}  # of the class itself, and that whose remedies are in a table
 
 
 def written(node: ast.AST | None, known: dict[str, list[ast.AST]]) -> Iterator[str]:

@@ -61,7 +61,7 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
         remedy = "MLX cannot open it. Rename the folder."
         raise CheckpointError(file, "a path in UTF-8", "other bytes", remedy) from None
     try:
-        if (size := file.stat().st_size) < end:  # which older MLX does not look at
+        if (size := file.stat().st_size) < end:  # Until: MLX 0.31.2. Older ones do not look.
             raise ValueError(f"{size} of its {end} bytes")
         tensors: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as e:

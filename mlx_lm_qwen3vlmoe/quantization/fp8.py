@@ -174,7 +174,7 @@ def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.
     """One number a block along an axis of ``size`` → one a piece of it, where pieces divide the blocks and the axis."""
     if piece == block:
         return scale
-    # MLX 0.29 takes wrong numbers of what was taken along another axis, unless that is contiguous.
+    # Until: MLX 0.30.1. Older ones take wrong numbers of what was taken along another axis, unless that is contiguous.
     return mx.contiguous(mx.take(scale, mx.arange(0, size, piece) // block, axis))
 
 

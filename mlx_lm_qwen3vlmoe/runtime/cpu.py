@@ -113,7 +113,7 @@ def _cut(layer: Any, rows: slice) -> Any:
 class SwitchGLU(switch_layers.SwitchGLU):
     """The host's experts of one layer, multiplied in float32 on several streams, with results in the dtype of ``x``.
 
-    16-bit weights are cast inside the call, and no copy is kept.
+    16-bit weights are cast inside the call, and no copy is kept. Until: none known.
     """
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -121,7 +121,7 @@ class SwitchGLU(switch_layers.SwitchGLU):
         for n, (name, child) in enumerate(self.items()):
             with on(n):  # each projection is cast on a stream of its own
                 twin[name] = _projection(child, indices.size, self.training)
-        indices = mx.stop_gradient(indices)  # as the host does, before mlx-lm 0.32 in training only
+        indices = mx.stop_gradient(indices)  # Until: mlx-lm 0.32.0. Older ones do so in training only.
         y: mx.array = switch_layers.SwitchGLU.__call__(twin, x.astype(mx.float32), indices)
         return y.astype(x.dtype)
 
@@ -207,7 +207,7 @@ def _turned(weight: mx.array) -> bool:
         return False
     try:
         buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
-        mx.eval(buffer)  # while a call is traced, `memoryview` fails too late to be caught (MLX 0.31.2 and older)
+        mx.eval(buffer)  # Until: MLX 0.32.4. In older ones, `memoryview` of a traced array fails too late to be caught.
         strides: Any = memoryview(buffer).strides
     except (RuntimeError, ValueError):  # traced by mx.compile: there are no values to lie anywhere
         return False

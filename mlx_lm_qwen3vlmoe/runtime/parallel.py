@@ -69,6 +69,7 @@ def cut(model: nn.Module, group: Any) -> None:
         group: an `mlx.core.distributed.Group`, or anything with its ``rank()`` and ``size()``.
     """
     # The host would cut NVFP4's second scale, which is one number an expert, but every rank has a part of all experts.
+    # Until: none known.
     with without_global_scales(model):
         model.shard(group)
 
