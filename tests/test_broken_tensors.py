@@ -123,8 +123,8 @@ def test_a_tensor_beside_the_experts(name, change, expected, tmp_path):
             id="a-dense-mlp",
         ),
         pytest.param("official", omni, ["text_config", "Qwen3-VL-MoE checkpoint?"], id="an-omni-config"),
-        pytest.param("official", prefixed("thinker.model."), ["thinker.model.", "another model type"], id="a-thinker"),
-        pytest.param("official", prefixed("talker.model."), ["talker.model.", "another model type"], id="a-talker"),
+        pytest.param("official", prefixed("thinker.model."), ["thinker.model.", "part of Qwen3-Omni"], id="a-thinker"),
+        pytest.param("official", prefixed("talker.model."), ["talker.model.", "part of Qwen3-Omni"], id="a-talker"),
     ],
 )
 def test_another_model(name, change, expected, tmp_path):
