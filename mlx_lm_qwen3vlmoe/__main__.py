@@ -155,8 +155,8 @@ def _restore(commands: Any) -> None:
             counts = restore(parsed.tuned, parsed.original, parsed.save_path)
         except (CheckpointError, OSError) as e:
             sys.exit(printable(e))
-        done = f"{counts['text']} tensors of the tuned text, {counts['others']} of the original"
-        say(printable(f"{parsed.save_path}: {done}"))
+        done = f"{counts['text']} tensors from the tuned model, {counts['others']} from the original"
+        say(printable(f"Wrote {parsed.save_path}: {done}"))
 
     parser.set_defaults(do=do)
 

@@ -93,7 +93,7 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     _normalize_rope(text, _transformers(config))
     _name_dtype(config, text)
     # The head is always a tensor of its own (shared with the embeddings, not copied, in a tied model): what is saved
-    # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head.
+    # then loads in every host, none of which can load a Qwen3-VL-MoE checkpoint without a head. Until: none known.
     text["tie_word_embeddings"] = False
     return text
 
@@ -103,7 +103,7 @@ def _name_experts(text: dict[str, Any]) -> None:
     if "num_local_experts" in text:
         experts = text.pop("num_local_experts")
         if text.setdefault("num_experts", experts) != experts:
-            remedy = "Remove the wrong one of the two."
+            remedy = "Remove the field that is wrong."
             raise config_error("num_experts", f"{experts}, as in num_local_experts", text["num_experts"], remedy)
 
 
@@ -117,11 +117,13 @@ def _check_sizes(text: dict[str, Any]) -> None:
         check_positive(field, text.get(field), int, most, dense if field in _OF_EXPERTS else CORRECT)
     heads = text["num_attention_heads"]
     if heads * text["head_dim"] > LARGEST:
-        raise config_error("head_dim", f"at most {LARGEST} over all {heads} heads", text["head_dim"])
+        raise config_error("head_dim", f"at most {LARGEST // heads}, as there are {heads} heads", text["head_dim"])
     if text["head_dim"] % 2:  # rotary embeddings turn pairs
         raise config_error("head_dim", "an even number", text["head_dim"])
     if heads % text["num_key_value_heads"]:
-        raise config_error("num_key_value_heads", f"a divisor of {heads} heads", text["num_key_value_heads"])
+        raise config_error(
+            "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", text["num_key_value_heads"]
+        )
     if text["num_experts_per_tok"] > text["num_experts"]:
         raise config_error(
             "num_experts_per_tok", f"at most num_experts ({text['num_experts']})", text["num_experts_per_tok"]
@@ -139,9 +141,11 @@ def _check_supported(text: dict[str, Any]) -> None:
     if text["hidden_act"] not in ("silu", "swish"):
         raise config_error("hidden_act", '"silu"', text["hidden_act"], UNSUPPORTED)
     if layers := text.get("per_layer_config"):
-        raise config_error("per_layer_config", "nothing, as all layers are alike", layers, UNSUPPORTED)
+        raise config_error("per_layer_config", "no such field, as all layers are alike", layers, UNSUPPORTED)
     if text.get("norm_topk_prob") is False:
-        logger.warning("norm_topk_prob: false has no effect: this model type always normalizes, as in transformers")
+        logger.warning(
+            "config.json: norm_topk_prob: false has no effect: this model type always normalizes, as in transformers"
+        )
     text["norm_topk_prob"] = True
 
 
@@ -249,7 +253,7 @@ def _theta(places: list[dict[str, Any]], version: int | None) -> float:
     for theta in thetas:
         check_positive("rope_theta", theta)
     if len(set(thetas)) > 1:
-        raise config_error("rope_theta", "one value in all fields that have it", thetas)
+        raise config_error("rope_theta", "the same value in every field that has it", thetas)
     return thetas[0]
 
 

@@ -11,10 +11,10 @@ from .terminal import printable
 LARGEST = 2**31 - 1  # an axis of an MLX array, which holds nothing before it is loaded
 USE_ITS_MODELS = "use the config.json of the model that this checkpoint was made from."
 CORRECT = f"Correct it, or {USE_ITS_MODELS}"
-UNSUPPORTED = "If the model has this, mlx-lm's qwen3_moe cannot run it, nor can this package."
+UNSUPPORTED = "mlx-lm's qwen3_moe cannot run such a model, and so this package cannot either."
 DAMAGED = "If so, this tensor is damaged: download its file again."
-MISSING_FILE = "Is a file of the checkpoint missing?"
-_WORDS = {int: "a positive integer", dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+MISSING_FILE = "Is a file of the checkpoint missing? Download it again."
+_WORDS = {int: "a positive integer", dict: "an object", list: "a list", str: "a string", bool: "true or false"}
 
 
 class CheckpointError(ValueError):
@@ -88,7 +88,7 @@ def shape_error(name: str, expected: str, found: object, fields: Iterable[str] =
 
 def beyond(name: str, what: str, number: int, count: int, field: str) -> CheckpointError:
     """The error for a layer or an expert whose number is too high."""
-    remedy = f"Is {field} in config.json right for this checkpoint? If so, remove the file of another checkpoint."
+    remedy = f"Correct {field} in config.json, or remove the file that came from another checkpoint."
     return CheckpointError(name, f"no {what} after {count - 1}, as {field} is {count}", f"{what} {number}", remedy)
 
 
@@ -136,5 +136,5 @@ def description_error(field: str, expected: str, found: object) -> CheckpointErr
         f"quantization_config: {field}",
         expected,
         shown(found),
-        "Correct it, or take quantization_config from the folder that the quantization tool wrote.",
+        "Correct it, or copy quantization_config from the folder that the quantization tool wrote.",
     )

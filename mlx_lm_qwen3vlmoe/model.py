@@ -47,6 +47,7 @@ class Pipeline:
 
         The host receives hidden states in the dtype of the embeddings. But on the CPU, or after scales in float32, they
         are float32: if they are on any rank, then the stages agree to send nothing else.
+        Until: none known.
         """
         decoder: Any = self.decoder()
         parallel.check(group.size(), "pipeline", {"num_hidden_layers": decoder.num_hidden_layers})
@@ -76,7 +77,7 @@ class Model(nn.Module):
         host.check_fields(text)
         host.warn_of_images(args.model_type)
         self.language_model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(text))
-        if text["rope_scaling"]["rope_type"] == "yarn":  # the host's qwen3_moe ignores rope_scaling
+        if text["rope_scaling"]["rope_type"] == "yarn":  # Until: none known. The host's qwen3_moe ignores it.
             rope = initialize_rope(
                 text["head_dim"], text["rope_theta"], False, text["rope_scaling"], text["max_position_embeddings"]
             )

@@ -115,8 +115,8 @@ def rename(weights: dict[str, T]) -> dict[str, T]:
             other = next(each for each in weights if host_name(each) == target)
             raise CheckpointError(
                 (other, name),
-                "one name for a tensor",
-                "two",
+                "one of these, as they are the same tensor",
+                "both",
                 "Remove one of them, or the file that a second tool left in the folder.",
             )
         renamed[target] = array
@@ -209,9 +209,13 @@ def check_names(weights: Iterable[str], sizes: dict[str, Any]) -> None:
         if n >= layers:
             raise beyond(name, "layer", n, layers, "num_hidden_layers")
         if match[2] and not sparse:
-            raise CheckpointError(name, f"a dense MLP in layer {n}, by {fields} in config.json", "experts", remedy)
+            raise CheckpointError(
+                name, f"a dense MLP in layer {n}, according to {fields} in config.json", "experts", remedy
+            )
         if match[3] and sparse:
-            raise CheckpointError(name, f"experts in layer {n}, by {fields} in config.json", "a dense MLP", remedy)
+            raise CheckpointError(
+                name, f"experts in layer {n}, according to {fields} in config.json", "a dense MLP", remedy
+            )
 
 
 def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantization: dict[str, Any]) -> None:
@@ -234,13 +238,14 @@ def check_shapes(weights: Weights, shapes: dict[str, tuple[int, ...]], quantizat
             if array is None:  # names alone, as in the host's tests
                 continue
             if suffix != "weight":
-                raise MissingTensorError(f"{path}.scales", f"beside {suffix}", "nothing", MISSING_FILE)
+                raise MissingTensorError(f"{path}.scales", f"this tensor beside {suffix}", "none", MISSING_FILE)
             if isinstance(quantization.get(path), dict):  # the host would quantize the layer, and then miss its scales
                 raise CheckpointError(
                     f"{path}.weight",
-                    "words and scales, as quantization in config.json lists this layer",
+                    "packed integers and scales, as quantization in config.json lists this layer",
                     "floats",
-                    "Is quantization in config.json that of this checkpoint?",
+                    "Is quantization in config.json from this checkpoint? If not, use the config.json that was saved "
+                    "with it.",
                 )
             if array.shape != expected:
                 fields = differing(axes(path), expected, array.shape)
@@ -256,6 +261,6 @@ def check_complete(found: Collection[str], parameters: Iterable[str]) -> None:
     whole = layer and not any(name.startswith(layer) for name in found)
     remedy = MISSING_FILE
     if whole:
-        remedy = "Is a file of the checkpoint missing, or num_hidden_layers in config.json too large?"
-    others = f", nor {len(missing) - 1} others of the model's tensors" if len(missing) > 1 else ""
-    raise MissingTensorError(missing[0], "in a complete checkpoint", f"nothing{others}", remedy)
+        remedy = "Is a file of the checkpoint missing, or is num_hidden_layers in config.json too large?"
+    others = f", and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
+    raise MissingTensorError(missing[0], "this tensor in a complete checkpoint", f"none{others}", remedy)

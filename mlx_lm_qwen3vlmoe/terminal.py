@@ -24,6 +24,13 @@ def printable(text: object, most: int = _MOST) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
+def in_bytes(size: int) -> str:
+    """Three figures and a unit: GB of 10⁹ bytes, MB below 0.1 GB, or kB below 0.1 MB."""
+    scale, unit = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    amount = size / scale
+    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"
+
+
 def say(text: str) -> None:
     """Print, and be sure that it is written, as far as anybody reads it."""
     try:

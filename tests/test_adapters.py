@@ -219,7 +219,7 @@ def test_a_square_parameter_alone_is_refused(tmp_path):
     text = json.loads((BASE / "config.json").read_text())
     text["text_config"] |= {"hidden_size": 16, "moe_intermediate_size": 8}
     (tmp_path / "base" / "config.json").write_text(json.dumps(text))
-    assert "found a square parameter" in refusal(folder, tmp_path, tmp_path / "base")
+    assert "found equal numbers of inputs and outputs" in refusal(folder, tmp_path, tmp_path / "base")
 
 
 def test_layers_that_contradict_each_other_are_refused(tmp_path):

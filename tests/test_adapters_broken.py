@@ -20,7 +20,7 @@ FIELDS = [
     ({"peft_type": "VERA"}, "peft_type: expected LORA"),
     ({"peft_type": "XLORA"}, "peft_type: expected LORA"),
     ({"peft_type": "ADALORA"}, "peft_type: expected LORA"),
-    ({"peft_type": None}, "peft_type: expected a text, found nothing"),
+    ({"peft_type": None}, "peft_type: expected a string, found nothing"),
     ({"bias": "all"}, "bias: expected none"),
     ({"lora_bias": True}, "lora_bias: expected nothing"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected nothing"),
@@ -36,21 +36,21 @@ FIELDS = [
     ({"r": 2.0}, "r: expected a positive integer"),
     ({"r": True}, "r: expected a positive integer"),
     ({"r": 10**12}, "r: expected a positive integer"),
-    ({"r": 3}, "by r and rank_pattern"),
+    ({"r": 3}, "according to r and rank_pattern"),
     ({"r": None}, "r: expected a positive integer, found nothing"),
     ({"lora_alpha": float("nan")}, "lora_alpha: expected a number"),
     ({"lora_alpha": float("inf")}, "lora_alpha: expected a number"),
     ({"lora_alpha": "16"}, "lora_alpha: expected a number"),
     ({"use_rslora": "yes"}, "use_rslora: expected true or false"),
-    ({"target_parameters": "mlp.experts"}, "target_parameters: expected a list of texts"),
-    ({"target_parameters": [1]}, "target_parameters: expected a list of texts"),
+    ({"target_parameters": "mlp.experts"}, "target_parameters: expected a list of strings"),
+    ({"target_parameters": [1]}, "target_parameters: expected a list of strings"),
     ({"rank_pattern": []}, "rank_pattern: expected an object"),
     ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern.q_proj: expected a positive integer"),
     ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj: expected a number"),
-    ({"rank_pattern": {"(": 4}}, "rank_pattern: expected names, or simple regular expressions"),
-    ({"rank_pattern": {"(a+)+b": 4}}, "rank_pattern: expected names, or simple regular expressions"),
-    ({"rank_pattern": {"(?i)Q_PROJ": 4}}, "expected names, or simple regular expressions"),
-    ({"rank_pattern": {r"(.*)\1": 4}}, "expected names, or simple regular expressions"),
+    ({"rank_pattern": {"(": 4}}, "rank_pattern: expected names of modules, or simple regular expressions"),
+    ({"rank_pattern": {"(a+)+b": 4}}, "rank_pattern: expected names of modules, or simple regular expressions"),
+    ({"rank_pattern": {"(?i)Q_PROJ": 4}}, "expected names of modules, or simple regular expressions"),
+    ({"rank_pattern": {r"(.*)\1": 4}}, "expected names of modules, or simple regular expressions"),
     ({"lora_alpha": 10**400}, "lora_alpha: expected a number"),
     ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern.q_proj: expected a number"),
     ({"auto_mapping": 3}, "auto_mapping: expected an object"),
@@ -78,7 +78,10 @@ TENSORS = [
     (added("base_model.model.lm_head.weight", 96, 40), "lm_head.weight: expected"),
     (added("base_model.model.model.thinker.layers.0.q_proj.lora_A.weight", 2, 40), "thinker.layers.0.q_proj.lora_A"),
     (added(LAYER.format(0) + "self_attn.q_proj.lora_A.second.weight", 2, 40), "found two"),
-    (added("model.layers.0.self_attn.q_proj.lora_A.weight", 2, 40), "expected one name for a tensor, found two"),
+    (
+        added("model.layers.0.self_attn.q_proj.lora_A.weight", 2, 40),
+        "expected one of these, as they are the same tensor, found both",
+    ),
     (
         added(LAYER.format(0) + "self_attn.q_proj.lora_magnitude_vector", 64),
         "q_proj: expected lora_A and lora_B, found lora_A, lora_B and lora_magnitude_vector",
@@ -137,7 +140,9 @@ def test_a_tensor_of_mlx_lm_under_two_names_is_an_error(tmp_path):
         name = "language_model.model.layers.2.self_attn.q_proj.lora_a"
         return found | {name.replace("language_model.model.", "model."): found[name]}
 
-    assert "expected one name for a tensor, found two" in refusal(copied(tmp_path, "trained_lora/mlx", again), tmp_path)
+    assert "expected one of these, as they are the same tensor, found both" in refusal(
+        copied(tmp_path, "trained_lora/mlx", again), tmp_path
+    )
 
 
 def test_how_many_experts_there_are_is_not_guessed_in_silence(tmp_path, caplog):
@@ -160,7 +165,7 @@ TRAINED_FIELDS = [
     ({"fine_tune_type": "dora"}, "expected lora_a, lora_b and m, found lora_a and lora_b"),
     ({"lora_parameters": None}, "lora_parameters: expected an object, found nothing"),
     ({"lora_parameters": {"rank": 3, "alpha": 5}}, "lora_parameters.scale: expected a number, found nothing"),
-    ({"lora_parameters": {"rank": 4, "scale": 5.0}}, "of rank 4, by lora_parameters"),
+    ({"lora_parameters": {"rank": 4, "scale": 5.0}}, "of rank 4, according to lora_parameters"),
     ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "lora_parameters.scale: expected a number"),
 ]
 
@@ -230,7 +235,7 @@ def test_an_adapter_as_tinker_downloads_it_is_refused_with_the_function_that_con
     (folder / "adapter_config.json").write_text('{"lora_alpha": 1, "r": 2}')
     message = refusal(folder, tmp_path)
     assert message.startswith(
-        f"base_model.model.{name}: expected an adapter of PEFT, found one as Tinker downloads it."
+        f"base_model.model.{name}: expected an adapter that PEFT saved, found one that Tinker saved."
     )
     assert "tinker_cookbook.weights.build_lora_adapter" in message
 
@@ -276,7 +281,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     convert(str(ADAPTERS / "attention"), str(tmp_path / "out"))  # empty, it is taken
     before = tensors(tmp_path / "out")
-    assert "out: expected nothing, or an empty folder" in refusal(ADAPTERS / "experts", tmp_path)
+    assert "out: expected a new or empty folder" in refusal(ADAPTERS / "experts", tmp_path)
     assert equal(tensors(tmp_path / "out"), before)
 
 

@@ -21,7 +21,7 @@ def learned(tmp_path_factory) -> Path:
     """An adapter of attention and experts that real PEFT trained to give an answer, converted by the command."""
     out = tmp_path_factory.mktemp("learned") / "adapters"
     command = (BIN / "mlx-lm-qwen3vlmoe", "adapters", ADAPTERS / "tiny_answer", "--save-path", out)
-    assert run(*command).stdout == f"{out}: LoRA of 16 modules, for mlx_lm\n"
+    assert run(*command).stdout == f"Wrote {out} for mlx_lm: LoRA of 16 modules\n"
     return out
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.changes import (
     EXPERT,
-    FOUND_TWO,
+    FOUND_BOTH,
     FUSED,
     LAYERS,
     MORE_LAYOUTS,
@@ -28,9 +28,9 @@ from support.checkpoints import bfloat16
     [
         # 5 experts, 40 wide, 28 within; layer 1 is dense.
         pytest.param(
-            "official", drop(f"{FUSED}.gate_up_proj"), ["layers.0", "gate_up_proj", "found nothing"], id="no-gate-up"
+            "official", drop(f"{FUSED}.gate_up_proj"), ["layers.0", "gate_up_proj", "found none"], id="no-gate-up"
         ),
-        pytest.param("official", drop(f"{FUSED}.down_proj"), ["layers.0", "down_proj", "found nothing"], id="no-down"),
+        pytest.param("official", drop(f"{FUSED}.down_proj"), ["layers.0", "down_proj", "found none"], id="no-down"),
         pytest.param(
             "official",
             cut(f"{FUSED}.down_proj", 4),
@@ -111,19 +111,19 @@ def test_fused_experts(name, change, expected, tmp_path):
         pytest.param(
             "per_expert",
             drop(f"{EXPERT}.up_proj.weight"),
-            ["layers.2.mlp.experts.1.up_proj.weight", "found nothing"],
+            ["layers.2.mlp.experts.1.up_proj.weight", "found none"],
             id="no-up-of-one-expert",
         ),
         pytest.param(
             "per_expert",
             drop(*(f"{LAYERS}.2.mlp.experts.{n}.up_proj.weight" for n in range(5))),
-            ["layers.2.mlp.experts.0.up_proj.weight", "found nothing"],
+            ["layers.2.mlp.experts.0.up_proj.weight", "found none"],
             id="no-up-of-any-expert",
         ),
         pytest.param(
             "per_expert",
             drop(*(f"{EXPERT}.{p}_proj.weight" for p in ("gate", "up", "down"))),
-            ["layers.2.mlp.experts.1.gate_proj.weight", "found nothing"],
+            ["layers.2.mlp.experts.1.gate_proj.weight", "found none"],
             id="no-expert",
         ),
         pytest.param(
@@ -141,7 +141,7 @@ def test_fused_experts(name, change, expected, tmp_path):
         pytest.param(
             "per_expert",
             text(num_experts=4),
-            ["no expert after 3", "Is num_experts in config.json right"],
+            ["no expert after 3", "Correct num_experts in config.json"],
             id="num-separate-experts",
         ),
         pytest.param(
@@ -165,7 +165,7 @@ def test_fused_experts(name, change, expected, tmp_path):
         pytest.param(
             "per_expert",
             add(f"{LAYERS}.2.mlp.experts.up_proj.1.weight", bfloat16(np.ones((28, 40)))),
-            ["experts.1.up_proj.weight", FOUND_TWO],
+            ["experts.1.up_proj.weight", FOUND_BOTH],
             id="expert-under-two-names",
         ),
         pytest.param(

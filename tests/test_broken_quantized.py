@@ -28,7 +28,7 @@ from support.changes import (
         pytest.param(
             "awq-g32-bf16",
             drop(f"{EXPERT}.up_proj.scales"),
-            ["layers.2.mlp.experts.1.up_proj.scales", "found nothing"],
+            ["layers.2.mlp.experts.1.up_proj.scales", "found none"],
             id="awq-no-scales",
         ),
         pytest.param(
@@ -84,7 +84,7 @@ from support.changes import (
         pytest.param(
             "gptq-w4-sym",
             drop(f"{EXPERT}.up_proj.qzeros"),
-            ["layers.2.mlp.experts.1.up_proj.qzeros", "found nothing"],
+            ["layers.2.mlp.experts.1.up_proj.qzeros", "found none"],
             id="gptq-no-zeros",
         ),
         pytest.param(
@@ -109,7 +109,7 @@ from support.changes import (
         pytest.param(
             "ct-w4a16-asym-g32",
             drop(f"{EXPERT}.up_proj.weight_scale"),
-            ["layers.2.mlp.experts.1.up_proj.weight_scale", "found nothing"],
+            ["layers.2.mlp.experts.1.up_proj.weight_scale", "found none"],
             id="ct-no-scale",
         ),
         pytest.param(
@@ -147,13 +147,13 @@ from support.changes import (
         pytest.param(
             "modelopt-nvfp4",
             drop(f"{EXPERT}.up_proj.weight_scale"),
-            ["layers.2.mlp.experts.1.up_proj.weight_scale", "found nothing"],
+            ["layers.2.mlp.experts.1.up_proj.weight_scale", "found none"],
             id="nvfp4-no-scale",
         ),
         pytest.param(
             "modelopt-nvfp4",
             drop(f"{EXPERT}.up_proj.weight_scale_2"),
-            ["layers.2.mlp.experts.1.up_proj.weight_scale_2", "found nothing"],
+            ["layers.2.mlp.experts.1.up_proj.weight_scale_2", "found none"],
             id="nvfp4-no-second-scale",
         ),
         pytest.param(
@@ -165,7 +165,7 @@ from support.changes import (
         pytest.param(
             "fp8-perexpert",
             drop(f"{LAYERS}.0.mlp.experts.1.up_proj.weight_scale_inv"),
-            ["layers.0.mlp.experts.1.up_proj.weight_scale_inv", "found nothing"],
+            ["layers.0.mlp.experts.1.up_proj.weight_scale_inv", "found none"],
             id="fp8-no-scale",
         ),
         pytest.param(
@@ -204,7 +204,7 @@ def test_a_tensor_of_a_quantized_layer(name, change, expected, tmp_path):
         pytest.param(
             "gptq-w4-actorder",
             lambda c: [c.tensors.pop(key) for key in list(c.tensors) if key.endswith("g_idx")],
-            ["g_idx", "found nothing"],
+            ["g_idx", "found none"],
             id="act-order-without-the-order",
         ),
         pytest.param("awq-g32-bf16", cut(f"{UP}.qweight", 0), ["up_proj.qweight", "[0, 8]"], id="awq-empty"),

@@ -63,7 +63,7 @@ STORED = [
 REFUSALS = {
     "2 tensor one key-value head": ({"num_key_value_heads": 1}, "num_key_value_heads (1)", "1"),
     "2 tensor odd experts": ({"moe_intermediate_size": 27}, "moe_intermediate_size (27)", "1"),
-    "2 tensor odd dense layer": ({"intermediate_size": 55}, "divides intermediate_size (55)", "1"),
+    "2 tensor odd dense layer": ({"intermediate_size": 55}, "divide intermediate_size (55)", "1"),
     "2 tensor half a group": ("mlx_lm_4bit", "moe_intermediate_size in groups of 32 (3)", "1"),
     "3 tensor two key-value heads": ({}, "num_key_value_heads (2)", "1 or 2"),
     "3 tensor attention heads": (
@@ -246,7 +246,8 @@ def test_ranks_that_cannot_share_a_model_are_told_how_many_can(request, name):
         assert "refusal" in report[name], report[name]
         message = report[name]["refusal"]
         assert field in message
-        assert f"that is {numbers}, found {ranks}" in message
+        assert f"expected {numbers} {'rank' if numbers == '1' else 'ranks'}, " in message
+        assert f"found {ranks} ranks" in message
         assert report[name]["evaluated"] < 50_000
 
 
@@ -256,7 +257,7 @@ def test_a_refused_launch_ends_with_one_error_a_rank(work, tiny):
     with launched(work / "refused", 3, BIN / "mlx_lm.chat", "--model", tiny, text="Hello\n") as launch:
         stderr = launch.ends()
         assert "CheckpointError" in stderr
-        assert "that is 1 or 2, found 3" in stderr
+        assert "expected 1 or 2 ranks" in stderr
         assert len(re.findall(r"Node with rank \d (?:exited with code [1-9-]|was killed)", stderr)) == 3
         assert launch.leaves_nothing()
 

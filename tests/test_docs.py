@@ -1,4 +1,4 @@
-"""What README.md, SECURITY.md and docs say, tried out: commands in their order, links, and the messages they quote.
+"""What README.md, SECURITY.md and docs say, tried out: commands in their order, links, and tables.
 
 Commands run as they stand, in a folder where the names that they use are the tiny model and what earlier ones wrote.
 Those that take long are run by slow/test_docs_slow.py.
@@ -6,33 +6,32 @@ Those that take long are run by slow/test_docs_slow.py.
 
 from __future__ import annotations
 
-import ast
 import re
-import shutil
 import sys
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
-import mlx
-import mlx.core as mx
-import mlx_lm
 import pytest
-from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model
-from support import ROOT, TINY, thorough
+from support import ROOT, thorough
 from support.commands import run
-from support.documents import DOCUMENTS, LISTED, blocks, commands, folder_for, is_definition, is_slow, run_step, steps
+from support.documents import (
+    DOCUMENTS,
+    LISTED,
+    PARSED,
+    blocks,
+    commands,
+    folder_for,
+    is_definition,
+    is_slow,
+    parsed_by,
+    run_step,
+    steps,
+)
 
 import mlx_lm_qwen3vlmoe
 from mlx_lm_qwen3vlmoe import quantization
 from mlx_lm_qwen3vlmoe.layouts.experts import LAYOUTS
-from mlx_lm_qwen3vlmoe.runtime import backend
 
 BIN = Path(sys.executable).parent
-
-
-# --- what is in the documents ---------------------------------------------------------------------------------------
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------
@@ -58,17 +57,27 @@ def test_the_commands_of_a_document_run_in_its_order(document, tmp_path, tiny_qu
             run_step(language, text, folder, tiny_questions)
 
 
+def printed(document: str) -> list[str]:
+    """The commands of a document."""
+    return [text for language, block in blocks(document) if language == "shell" for text in commands(block)]
+
+
 @pytest.mark.parametrize("beginning", LISTED)
 def test_a_listed_command_is_in_a_document_and_done_elsewhere(beginning):
-    found = [
-        text
-        for name in DOCUMENTS
-        for language, block in blocks(name)
-        if language == "shell"
-        for text in commands(block)
-    ]
-    assert any(text.startswith(beginning) for text in found)
+    assert any(text.startswith(beginning) for name in DOCUMENTS for text in printed(name))
     assert (ROOT / LISTED[beginning]).exists()
+
+
+@pytest.mark.parametrize(("document", "program"), PARSED)
+def test_a_command_that_is_not_run_has_options_of_its_program(document, program):
+    found = [text for text in printed(document) if parsed_by(document, text) == program]
+    assert found
+    command, *words = program.split()
+    command = sys.executable if command.endswith("python") else BIN / command
+    told = run(command, *words, "--help", cwd=ROOT).stdout
+    for text in found:
+        for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", text.partition(words[-1] if words else program)[2]):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", told), option
 
 
 def test_no_block_of_commands_goes_by_another_name():
@@ -92,17 +101,34 @@ def test_the_report_in_the_document_is_what_inspect_prints(tmp_path, tiny_questi
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
+PAGES = [*DOCUMENTS.values(), *sorted((ROOT / "tests").rglob("README.md"))]
+LINK = re.compile(
+    r"""\]\((?P<inline>[^)\s]+)[^)]*\)  # [text](target "title"), and pictures
+    | ^\ *\[[^]]+\]:\ *(?P<reference>\S+)  # [name]: target
+    | (?:src|srcset|href)="(?P<html>[^"\s]+)\"""",
+    re.MULTILINE | re.VERBOSE,
+)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
+
+
 def anchors(file: Path) -> set[str]:
-    """The anchors that GitHub gives to headings."""
-    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", file.read_text()))
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The anchors that GitHub gives to headings: a second heading of a name gets a number."""
+    found: list[str] = []
+    for heading in re.findall(r"(?m)^#+ (.*)$", without_code(file.read_text())):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.append(f"{anchor}-{count}" if (count := found.count(anchor)) else anchor)
+    return set(found)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_relative_link_leads_somewhere(document):
-    file = DOCUMENTS[document]
-    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
-        if target.startswith(("https://", "http://")):
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(file):
+    """In README, CONTRIBUTING, CHANGELOG, SECURITY, docs and the READMEs of the fixtures."""
+    for match in LINK.finditer(without_code(file.read_text())):
+        target = next(filter(None, match.groups()))
+        if target.startswith(("https://", "http://", "mailto:")):
             continue
         path, _, anchor = target.partition("#")
         linked = (file.parent / path).resolve() if path else file
@@ -113,6 +139,23 @@ def test_every_relative_link_leads_somewhere(document):
         assert not anchor or anchor in anchors(linked), target
 
 
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [
+        ("ISSUE_TEMPLATE/bug.md", ["mlx-lm-qwen3vlmoe doctor --verbose", "mlx-lm-qwen3vlmoe inspect"]),
+        ("ISSUE_TEMPLATE/checkpoint.md", ["public repository", "mlx-lm-qwen3vlmoe inspect", '"Add a format"']),
+        ("pull_request_template.md", ["CHANGELOG.md", "make lint", "make test", '"Make a fixture"']),
+    ],
+)
+def test_a_template_asks_for_what_is_needed(template, asked):
+    text = (ROOT / ".github" / template).read_text()
+    assert all(part in text for part in asked)
+    assert not LINK.search(text)  # GitHub does not resolve those of an issue
+    headings = re.findall(r"(?m)^## (.+)$", DOCUMENTS["CONTRIBUTING.md"].read_text())
+    assert set(re.findall(r'"(.+?)" in CONTRIBUTING.md', text)) <= set(headings)
+    assert not template.startswith("ISSUE") or re.match(r"---\nname: .+\nabout: .+\nlabels: .+\n---\n", text)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_and_tests_that_are_named_exist(document):
     text = DOCUMENTS[document].read_text()
@@ -120,96 +163,19 @@ def test_files_and_tests_that_are_named_exist(document):
         assert (ROOT / path).exists() or path.startswith("benchmarks/results"), path
 
 
-# --- messages -------------------------------------------------------------------------------------------------------
-
-TROUBLES = DOCUMENTS["troubleshooting.md"].read_text()
-ERRORS = {"CheckpointError", "MissingTensorError", "HostError", "PluginError"}
-REAL = {  # messages that no single text in a source holds: they are brought about below
-    "ModelArgs.__init__() missing 1 required positional argument: 'tie_word_embeddings'",
-    "invalid data offsets … exceeding the size of the file. Perhaps an incomplete download or corrupt file?",
-    "[GatherMM::eval] Currently only supports float32.",
-    "[safetensor] unsupported dtype F64",
-    "'types.SimpleNamespace' object has no attribute 'num_layers'",
-}
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def normalized(text: str) -> str:
-    """A message with one … for whatever is filled in."""
-    text = re.sub(r"%\.?\d*[a-z]", "…", re.sub(r"\s+", " ", text))
-    return re.sub(r"…(?:[.= ]?…)+", "…", text).strip("… ")
-
-
-def template(node: ast.AST, known: dict[str, str]) -> str | None:
-    """The text of a node, with … for what is filled in; the four parts of an error make one.
-
-    Args:
-        known: texts by the names of the variables that have them.
-    """
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS:
-        where, *parts = (template(part, known) or "…" for part in node.args)
-        return "{}: expected {}, found {}. {}".format(where, *parts) if len(parts) == 3 else where
-    if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-    if isinstance(node, ast.Name):
-        return known.get(node.id)
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
-
-
-@cache
-def errors_and_texts(files: tuple[Path, ...]) -> tuple[list[str], list[str]]:
-    """The messages of errors in these sources, and every other text that a message can be made of."""
-    trees = [ast.parse(file.read_text()) for file in files]
-    known = _assigned(node for tree in trees for node in tree.body)
-    errors, texts = [], []
-    for tree in trees:
-        for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] + [tree]:
-            here: dict[str, str] = {}
-            for node in sorted(ast.walk(function), key=lambda node: getattr(node, "lineno", 0)):
-                here |= _assigned([node])
-                if text := template(node, known | here):
-                    (texts if function is tree or not isinstance(node, ast.Call) else errors).append(normalized(text))
-    return errors, texts
-
-
-def _assigned(nodes: Iterable[ast.AST]) -> dict[str, str]:
-    pairs = [(node.targets[0], node.value) for node in nodes if isinstance(node, ast.Assign)]
-    return {one.id: text for one, value in pairs if isinstance(one, ast.Name) and (text := template(value, {}))}
-
-
-OURS = tuple(sorted(Path(mlx_lm_qwen3vlmoe.__file__).parent.rglob("*.py")))
-HOSTS = (
-    *sorted(Path(next(iter(mlx_lm.__path__))).glob("*.py")),
-    *sorted(Path(next(iter(mlx.__path__))).glob("nn/layers/base.py")),
-)
-HEADINGS = dict(re.findall(r"(?m)^### `(.+)`\n\n(.+)$", TROUBLES))
-ELSEWHERE = re.findall(r"(?m)^\| `([^`|]+ [^`|]+)` \|", TROUBLES)  # the reasons that doctor gives
-
-
-def is_the_hosts(message: str) -> bool:
-    return HEADINGS.get(message, "").startswith(("From mlx-lm", "From `mlx_lm", "From MLX"))
-
-
-def test_every_heading_that_quotes_a_message_was_read():
-    assert len(HEADINGS) == TROUBLES.count("\n### ")
-    assert len(HEADINGS) > 30
-    assert len(ELSEWHERE) >= 5
-
-
-@pytest.mark.parametrize("message", [m for m in [*HEADINGS, *ELSEWHERE] if not is_the_hosts(m)])
-def test_a_message_of_this_package_is_in_its_sources(message):
-    assert any(normalized(message) in text for texts in errors_and_texts(OURS) for text in texts)
-
-
-@pytest.mark.parametrize("message", [m for m in HEADINGS if is_the_hosts(m) and m not in REAL])
-def test_a_message_of_the_host_is_in_its_sources(message):
-    _, texts = errors_and_texts(HOSTS)
-    assert any(normalized(message.replace("qwen3_vl_moe", "…")) in text for text in texts)
-
-
-def test_every_error_of_this_package_has_an_entry():
-    quoted = [normalized(message) for message in HEADINGS]
-    errors, _ = errors_and_texts(OURS)
-    assert [text for text in sorted(set(errors)) if not any(quote in text for quote in quoted)] == []
+def test_the_table_of_workarounds_is_that_of_the_code():
+    """Each has a comment that says when it can go."""
+    folder = Path(mlx_lm_qwen3vlmoe.__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    until = re.compile(r"\bUntil: (MLX #\d+|(?:MLX|mlx-lm) \d+\.\d+\.\d+|none known)\b")
+    found = [(end, str(file.relative_to(folder))) for file in files for end in until.findall(file.read_text())]
+    assert len(found) == sum(file.read_text().count("Until: ") for file in files)  # no other spelling
+    section = DOCUMENTS["CONTRIBUTING.md"].read_text().partition("\n## Workarounds\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"(?m)^\| (MLX|mlx-lm|none) \[?([^]`|]+)\]?(?:\(.+\))? \| `(.+?)` \| .+ \|$", section)
+    assert sorted(found) == sorted((f"{program} {end.strip()}", file) for program, end, file in rows)
 
 
 def test_the_table_of_formats_is_that_of_the_code():
@@ -224,51 +190,3 @@ def test_the_table_of_layouts_is_that_of_the_code():
     text = DOCUMENTS["checkpoints.md"].read_text().partition("| `inspect` says | tensors |")[2]
     found = re.findall(r"(?m)^\| (.+?) \| (.+?) \| .+? \| .+? \|$", text.partition("\n\n")[0])
     assert [tuple(row) for row in found] == list(LAYOUTS)
-
-
-def test_without_the_plug_in_an_official_config_gives_the_message():
-    if not (Path(next(iter(mlx_lm.__path__))) / "models" / "qwen3_vl_moe.py").exists():
-        pytest.skip("this mlx-lm has no such type of its own")
-    code = f"from pathlib import Path; from mlx_lm.utils import load_model; load_model(Path({str(TINY)!r}))"
-    error = run(sys.executable, "-c", code, check=False, env={"MLX_LM_PLUGINS": "0"}).stderr
-    (message,) = [m for m in REAL if m.startswith("ModelArgs")]
-    assert message in HEADINGS
-    assert message in error
-
-
-def test_a_truncated_file_gives_the_message(tmp_path):
-    shutil.copytree(TINY, tmp_path / "cut")
-    with (tmp_path / "cut" / "model.safetensors").open("r+b") as file:
-        file.truncate(1_000_000)
-    (message,) = [m for m in REAL if m.startswith("invalid")]
-    assert message in HEADINGS
-    with pytest.raises(RuntimeError, match=re.escape(message).replace("…", ".*")):
-        load_model(tmp_path / "cut")
-
-
-def test_an_adapter_of_peft_given_to_the_host_gives_the_message():
-    adapter = ROOT / "tests" / "adapters" / "fixtures" / "tiny_answer"
-    (message,) = [m for m in REAL if "num_layers" in m]
-    assert message in HEADINGS
-    with pytest.raises(AttributeError, match=re.escape(message)):
-        load_adapters(load_model(TINY, lazy=True)[0], str(adapter))
-
-
-def test_a_tensor_in_64_bits_gives_the_message(tmp_path):
-    header = b'{"x":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}'
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    (message,) = [m for m in REAL if "F64" in m]
-    assert message in HEADINGS
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        mx.load(str(tmp_path / "model.safetensors"))
-
-
-def test_experts_in_16_bits_on_the_cpu_give_the_message():
-    if mx.default_device() != mx.cpu:
-        pytest.skip("this is about the CPU")
-    with backend.planned(mx.Device(mx.gpu)):
-        model, _ = load_model(TINY)
-    (message,) = [m for m in REAL if "GatherMM" in m]
-    assert message in HEADINGS
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        mx.eval(model(mx.array([[1, 2]])))

@@ -106,7 +106,7 @@ def test_fused_fp8_with_power_of_two_scales_has_the_right_numbers(h, i, block, i
         assert np.array_equal(found[projection], weight), projection
     whole = block[1] % 32 == 0 and not in_out and PACKS
     assert packed == (set(found) if whole else set())
-    assert ("they are dequantized" in caplog.text) != whole
+    assert ("They are dequantized" in caplog.text) != whole
     if in_out and block[1] % 32 == 0 and PACKS:
         assert "experts stored as [in, out]" in caplog.text
 

@@ -107,7 +107,7 @@ def test_json_of_any_depth_is_one_line(place, text, made, tmp_path):
     what, name = place
     folder = copied(what, tmp_path)
     (folder / name).write_text(text)
-    assert "lists or objects in each other, more than 100 levels deep" in refused(what, folder, made)
+    assert "lists or objects nested more than 100 levels deep" in refused(what, folder, made)
 
 
 def test_json_of_the_greatest_depth_is_read(tmp_path):
@@ -154,7 +154,7 @@ def test_a_description_of_a_tensor_that_no_file_has_is_one_error(field, value, t
 @pytest.mark.parametrize("entry", [None, [], 1, "F32"])
 def test_a_tensor_without_a_description_is_one_error(entry, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(joined({"x": entry}, b""))
-    with pytest.raises(CheckpointError, match=r"model.safetensors: x: dtype: expected a text, found nothing"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: x: dtype: expected a string, found nothing"):
         inspect(str(tmp_path))
 
 

@@ -127,7 +127,7 @@ def test_floats_are_the_values_in_float32_rounded_once(name):
 @pytest.mark.parametrize("name", sorted(FLOAT))
 def test_what_mlx_cannot_express_is_float_with_one_notice(name, caplog):
     model, config = load(QUANTIZED / name)
-    notices = [record.getMessage() for record in caplog.records if "they are dequantized" in record.getMessage()]
+    notices = [record.getMessage() for record in caplog.records if "They are dequantized" in record.getMessage()]
     assert len(notices) == 1
     assert "mlx_lm.convert -q" in notices[0]
     assert ("quantization" in config) == bool(quantized_layers(model))
@@ -221,7 +221,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ),
         ("awq-w4-gemm", {}, AWQ | {"zero_point": False}, r"layer\.qweight: expected zero_point true"),
         ("awq-w4-gemm", {}, AWQ | {"bits": 3}, r"found 3 bits"),
-        ("awq-w4-gemm", {"scales": None}, AWQ, r"layer\.scales: expected beside the other tensors"),
+        ("awq-w4-gemm", {"scales": None}, AWQ, r"layer\.scales: expected this tensor beside the others"),
         ("awq-w4-gemm", {"scales": mx.ones((3, 63))}, AWQ, r"layer\.scales: expected the shape \[3, 64\], found"),
         ("awq-w4-gemm", {"qzeros": mx.ones((3, 4), mx.int32)}, AWQ, r"layer\.qzeros: expected the shape \[3, 8\]"),
         (
@@ -263,7 +263,11 @@ def test_a_layer_that_cannot_be_decoded_is_one_error_that_names_it(case, change,
             {"q_proj.weight_scale_inv": mx.ones((3, 3))},
             r"q_proj\.weight_scale_inv: expected",
         ),
-        ("modelopt-nvfp4", {"q_proj.weight_scale": None}, r"q_proj\.weight_scale: expected beside the other tensors"),
+        (
+            "modelopt-nvfp4",
+            {"q_proj.weight_scale": None},
+            r"q_proj\.weight_scale: expected this tensor beside the others",
+        ),
         ("modelopt-nvfp4", {"q_proj.weight_scale_2": mx.ones(3)}, r"q_proj\.weight_scale_2: expected one number"),
         (
             "modelopt-nvfp4",

@@ -81,7 +81,7 @@ def test_what_mlx_lm_without_this_package_and_mlx_vlm_wrote_comes_back(tmp_path,
     restore(str(FIXTURES / "mlx_vlm"), str(FIXTURES / "official"), str(tmp_path / "a"))
     assert files(tmp_path / "a") == files(FIXTURES / "official")
     (notice,) = caplog.messages
-    assert "has beside text is left out" in notice
+    assert "The vision tensors of" in notice
 
 
 def test_float32_in_between_rounds_nothing(tmp_path):
@@ -281,20 +281,20 @@ def test_another_meaning_of_the_config_is_said(pair, tmp_path, caplog):
     config["text_config"] |= {"rope_theta": 10000, "num_experts_per_tok": 1}
     (made / "config.json").write_text(json.dumps(config))
     restore(str(made), str(original), str(tmp_path / "out"))
-    assert "stays the original's, though the tuned model has another num_experts_per_tok, rope_theta" in caplog.text
+    assert "is the original's, although the tuned model has another num_experts_per_tok, rope_theta" in caplog.text
     assert (tmp_path / "out" / "config.json").read_bytes() == (original / "config.json").read_bytes()
 
 
 def test_what_was_rounded_before_is_said(pair, tmp_path, caplog):
     made = converted(pair[1], tmp_path / "half", lambda w: w.astype(mx.float16))
     restore(str(made), str(pair[1]), str(tmp_path / "out"))
-    assert "Tensors in F16 come back in the original's BF16" in caplog.text
+    assert "Tensors in F16 are written in the original's BF16" in caplog.text
 
 
 def test_nothing_is_said_of_an_ordinary_pair(pair, tmp_path):
     done = command(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     assert done.stderr == ""
-    assert done.stdout == f"{tmp_path / 'out'}: 36 tensors of the tuned text, 27 of the original\n"
+    assert done.stdout == f"Wrote {tmp_path / 'out'}: 36 tensors from the tuned model, 27 from the original\n"
 
 
 def test_a_terminal_gets_a_bar(pair, tmp_path):

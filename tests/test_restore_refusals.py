@@ -63,7 +63,8 @@ def test_a_layer_that_is_sparse_in_one_and_dense_in_the_other_is_named(tmp_path)
     made = converted(checkpoint.save(tmp_path / "other"), tmp_path / "tuned")
     message = refusal(made, FIXTURES / "official", tmp_path / "out")
     assert re.match(
-        r"model\.language_model\.layers\.1\.mlp\.\w+\.weight: expected in both checkpoints or in neither, found in ",
+        r"model\.language_model\.layers\.1\.mlp\.\w+\.weight: expected this tensor in both checkpoints or in neither, "
+        "found one in ",
         message,
     )
 
@@ -74,7 +75,7 @@ def test_a_tied_tuned_model_does_not_fit_an_untied_original(tmp_path):
     del weights["language_model.lm_head.weight"]
     mx.save_safetensors(str(made / "model.safetensors"), weights)
     (made / "model.safetensors.index.json").unlink()
-    assert "lm_head.weight: expected in both" in refusal(made, FIXTURES / "official", tmp_path / "out")
+    assert "lm_head.weight: expected this tensor in both" in refusal(made, FIXTURES / "official", tmp_path / "out")
 
 
 def test_a_head_that_was_tuned_has_no_place_in_a_tied_original(tmp_path):
@@ -175,7 +176,7 @@ def test_places_that_are_in_each_others_way_are_refused(pair, tmp_path):
     for one, other, out, text in (
         (made, made, tmp_path / "out", "found one folder for both"),
         (original, tmp_path / "link", tmp_path / "out", "found one folder for both"),
-        (made, original, made, "expected nothing, or an empty folder, found files"),
+        (made, original, made, "expected a new or empty folder, found a folder with files"),
         (made, original, original / "out", "expected a folder outside of"),
         (made, original, tmp_path / "link" / "out", "expected a folder outside of"),
         (tmp_path / "none", original, tmp_path / "out", "none: expected a folder that mlx_lm.fuse"),
@@ -189,9 +190,9 @@ def test_what_is_there_already_is_left_alone(pair, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
-    assert "expected nothing, or an empty folder, found files" in refusal(*pair, out)
+    assert "expected a new or empty folder, found a folder with files" in refusal(*pair, out)
     assert files(out) == {"mine": b"mine"}
-    assert "expected nothing, or an empty folder" in refusal(*pair, out / "mine")
+    assert "expected a new or empty folder" in refusal(*pair, out / "mine")
 
 
 def test_an_empty_folder_and_a_link_to_one_are_filled(pair, tmp_path):
@@ -294,7 +295,7 @@ def test_tensors_that_overlap_are_an_error(pair, tmp_path):
     header[one]["data_offsets"] = header[other]["data_offsets"]
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[size:])
-    assert "expected data of its own" in refusal(*pair, tmp_path / "out")
+    assert "that no other tensor uses" in refusal(*pair, tmp_path / "out")
 
 
 def test_an_unknown_tensor_in_the_original_is_named(pair, tmp_path):
@@ -307,7 +308,7 @@ def test_an_unknown_tensor_in_the_original_is_named(pair, tmp_path):
 def test_a_link_to_nothing_and_a_pipe_are_named(pair, tmp_path):
     """As a download leaves them that was broken off, or somebody who wants a reader to wait."""
     (pair[1] / "tokenizer.json").symlink_to(tmp_path / "gone")
-    assert "tokenizer.json: expected a file, found none" in refusal(*pair, tmp_path / "out")
+    assert "tokenizer.json: expected a file, found a broken link" in refusal(*pair, tmp_path / "out")
     (pair[1] / "tokenizer.json").unlink()
     os.mkfifo(pair[1] / "tokenizer.json")
-    assert "tokenizer.json: expected a file, found none" in refusal(*pair, tmp_path / "out")
+    assert "tokenizer.json: expected a file, found a broken link" in refusal(*pair, tmp_path / "out")

@@ -76,7 +76,7 @@ def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(pai
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.unfinished" / "config.json").exists()  # without which nothing loads it
     message = refusal(*pair, tmp_path / "out")
-    assert "out.unfinished: expected nothing, found what another run is writing, or has left" in message
+    assert "out.unfinished: expected no such folder, found one that another run is writing or has left" in message
 
 
 def test_two_runs_at_a_time_do_not_mix(pair, tmp_path):
@@ -91,7 +91,7 @@ def test_two_runs_at_a_time_do_not_mix(pair, tmp_path):
 def test_a_disk_without_room_is_said_before_anything_is_written(pair, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "GB of free space, found 0.000 GB" in refusal(*pair, tmp_path / "out")
+    assert "MB of free space, found 1 kB" in refusal(*pair, tmp_path / "out")
 
 
 def test_a_disk_that_becomes_full_leaves_nothing(pair, tmp_path):

@@ -172,8 +172,11 @@ def test_vision_and_meaningless_tensors_are_dropped_by_name():
         ({"model.language_model.layers.2.mlp.gate.weight": mx.ones(1)}, r"layers\.2\.mlp.*expected no layer after 1"),
         ({"model.language_model.layers.0.mlp.experts.bias": mx.ones(1)}, r"layers\.0\.mlp\.experts\.bias: expected"),
         ({"visual_extra.weight": mx.ones(1)}, r"^visual_extra\.weight"),
-        ({"language_model.lm_head.weight": mx.ones(1)}, r"language_model\.lm_head\.weight.*found two"),
-        ({"model.language_model.layers.0.mlp.experts.gate_up_proj": None}, r"gate_up_proj: expected beside the other"),
+        ({"language_model.lm_head.weight": mx.ones(1)}, r"language_model\.lm_head\.weight.*found both"),
+        (
+            {"model.language_model.layers.0.mlp.experts.gate_up_proj": None},
+            r"gate_up_proj: expected this tensor beside the other",
+        ),
         ({"lm_head.weight": None}, r"^lm_head\.weight: expected .* found nothing"),
         (
             {"model.language_model.layers.0.mlp.experts.down_proj": mx.ones((E, I, H + 1))},
@@ -194,7 +197,10 @@ def test_a_broken_checkpoint_is_one_error_that_names_the_tensor(change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"1.up_proj": None}, r"layers\.1\.mlp\.experts\.1\.up_proj\.weight: expected beside the other experts"),
+        (
+            {"1.up_proj": None},
+            r"layers\.1\.mlp\.experts\.1\.up_proj\.weight: expected this tensor beside the other experts",
+        ),
         ({"3.up_proj": (I, H)}, r"experts\.3\.up_proj\.weight: expected no expert after 2"),
         (
             {"2.up_proj": (I, H + 1)},
@@ -204,7 +210,10 @@ def test_a_broken_checkpoint_is_one_error_that_names_the_tensor(change, message)
             {"2.up_proj": (H, I)},
             r"experts\.2\.up_proj\.weight: expected the shape \[5, 6\] of the other experts, found \[6, 5\]",
         ),
-        ({"up_proj.2": (I, H)}, r"experts\.2\.up_proj\.weight.*: expected one name for a tensor, found two"),
+        (
+            {"up_proj.2": (I, H)},
+            r"experts\.2\.up_proj\.weight.*: expected one of these, as they are the same tensor, found both",
+        ),
     ],
 )
 def test_a_broken_expert_is_one_error_that_names_it(change, message):

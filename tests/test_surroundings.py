@@ -27,8 +27,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def notes(folder: Path) -> str:
-    return "\n".join(inspect(str(folder))["notes"])
+def notes(folder: Path, on: str | None = None) -> str:
+    return "\n".join(inspect(str(folder), on=on)["notes"])
 
 
 def save(folder: Path, name: str, dtype: str = "F32") -> None:
@@ -37,8 +37,8 @@ def save(folder: Path, name: str, dtype: str = "F32") -> None:
 
 
 def test_a_folder_of_one_save_has_no_notes(folder):
-    assert notes(folder) == ""
-    assert notes(TINY) == ""
+    assert notes(folder, on="gpu") == ""
+    assert notes(TINY, on="gpu") == ""
 
 
 def test_a_second_set_of_weights_is_named_with_its_files(folder):
@@ -55,13 +55,13 @@ def test_a_second_set_of_weights_is_named_with_its_files(folder):
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors", "adapter_config.json"])
 def test_an_adapter_in_the_folder_is_not_applied(name, folder):
     save(folder, name)
-    assert f"{name}: an adapter lies in this folder, and a load does not apply it." in notes(folder)
+    assert f"{name}: an adapter is in this folder, but loading the model does not apply it." in notes(folder)
 
 
 @pytest.mark.parametrize("name", ["00000.safetensors", "pytorch_model.safetensors", "consolidated.safetensors"])
 def test_files_that_the_host_does_not_look_at_are_named(name, folder):
     save(folder, name)
-    assert f"{name}: mlx-lm does not look at what is not called model*.safetensors." in notes(folder)
+    assert f"{name}: mlx-lm reads only files that are named model*.safetensors." in notes(folder)
 
 
 def test_what_a_folder_has_instead_of_weights_is_named(folder):
@@ -77,7 +77,7 @@ def test_a_missing_tensor_and_the_file_that_it_may_be_in_are_told_together(folde
     (folder / "model-00002-of-00006.safetensors").rename(folder / "00002.safetensors")
     said = render(inspect(str(folder)))
     assert "\nloads         no: " in said
-    assert "\nnote          00002.safetensors: mlx-lm does not look at " in said
+    assert "\nnote          00002.safetensors: mlx-lm reads only files " in said
 
 
 def test_quanto_is_named(folder):
@@ -197,4 +197,4 @@ def test_a_repository_is_looked_at_like_a_folder(tmp_path):
         done = run(*command, check=False, env=variables | {"HF_HOME": str(tmp_path)})
     report = json.loads(done.stdout)
     assert report["error"].startswith("jang_config.json: quantization.hadamard_rotation: expected false")
-    assert report["notes"][0].startswith("00000.safetensors: mlx-lm does not look at")
+    assert report["notes"][0].startswith("00000.safetensors: mlx-lm reads only files")

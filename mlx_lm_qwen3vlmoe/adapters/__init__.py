@@ -48,7 +48,7 @@ def convert(adapter: str, save_path: str, model: str | None = None) -> str:
             write(stage, mlx.FILE, *mlx.write(found))
         else:
             write(stage, peft.FILE, *peft_writing.write(found, mlx.read(folder)))
-    return f"{save_path}: {done}, for {'mlx_lm' if from_peft else 'PEFT'}"
+    return f"Wrote {save_path} for {'mlx_lm' if from_peft else 'PEFT'}: {done}"
 
 
 def _found(adapter: str) -> Path:

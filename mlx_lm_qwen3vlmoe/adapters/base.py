@@ -39,8 +39,8 @@ class Base:
         if self._shapes is None and needed is not None:
             raise CheckpointError(
                 needed,
-                "the base model's config.json, which tells the sizes",
-                f"none for {self.name}" if self.name else "no name of the base model",
+                "the base model's config.json, which has the sizes",
+                f"none for {self.name}" if self.name else "no base model named in the adapter",
                 "Name its folder or a reachable repository with --model.",
             )
         return self._shapes

@@ -28,7 +28,7 @@ class Fields:
         return value
 
     def text(self, field: str, default: str | None = None) -> str:
-        return self._get(field, (str,), "a text", default)
+        return self._get(field, (str,), "a string", default)
 
     def flag(self, field: str) -> bool:
         return self._get(field, (bool,), "true or false", False)
@@ -49,7 +49,7 @@ class Fields:
         return self._get(field, (dict,), "an object", default)
 
     def texts(self, field: str) -> list[str]:
-        values = self._get(field, (list,), "a list of texts", [])
+        values = self._get(field, (list,), "a list of strings", [])
         if not all(isinstance(value, str) for value in values):
-            raise self.error(field, "a list of texts", values)
+            raise self.error(field, "a list of strings", values)
         return values

@@ -22,7 +22,7 @@ _DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 def broken(where: object, expected: str, found: object) -> CheckpointError:
     """The error for tensors that do not belong together, or to the config."""
-    remedy = f"Is {CONFIG} that of this adapter? If so, download or save the adapter again."
+    remedy = f"Is {CONFIG} from this adapter? If so, download or save the adapter again."
     return CheckpointError(where, expected, found, remedy)
 
 
@@ -42,13 +42,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_json(folder / CONFIG)
         if isinstance(config, dict):
             return config
-        found = f"{shown(config)}, which is no object"
+        found = f"{shown(config)}, which is not an object"
     except FileNotFoundError:
         found = "no such file"
     except CheckpointError:
         raise
     except (OSError, ValueError) as e:
-        found = f"what cannot be read ({e})"
+        found = f"a file that cannot be read ({e})"
     raise CheckpointError(folder, CONFIG, found, "Download or save the adapter again.")
 
 
@@ -59,18 +59,18 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
         str(file).encode()
     except UnicodeEncodeError:
         remedy = "MLX cannot open it. Rename the folder."
-        raise CheckpointError(file, "a path in UTF-8", "another", remedy) from None
+        raise CheckpointError(file, "a path in UTF-8", "other bytes", remedy) from None
     try:
-        if (size := file.stat().st_size) < end:  # which older MLX does not look at
+        if (size := file.stat().st_size) < end:  # Until: MLX 0.31.2. Older ones do not look.
             raise ValueError(f"{size} of its {end} bytes")
         tensors: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as e:
-        found = f"what cannot be read ({str(e).rstrip('.')})"
+        found = f"a file that cannot be read ({str(e).rstrip('.')})"
         raise CheckpointError(file, "a safetensors file", found, "Download it again.") from e
     for name, array in tensors.items():
         offsets = header[name]["data_offsets"]
         if array.dtype not in _DTYPES or array.size == 0 or offsets[1] - offsets[0] != array.nbytes:
-            found = f"{array.dtype} of the shape {list(array.shape)} at {offsets} of the file"
+            found = f"{array.dtype} of the shape {list(array.shape)} at bytes {offsets}"
             raise CheckpointError(name, "floats", found, "Download or save the adapter again.")
     return dict(sorted(tensors.items()))
 

@@ -55,9 +55,9 @@ def over_inputs(layers: dict[str, dict[str, Pair]], hidden: int | None, ask: Cal
     if len(found) == 2:
         raise CheckpointError(
             f"{next(iter(layers))}.experts",
-            "sizes that tell whether A belongs to the inputs or to the outputs",
-            "a square parameter",
-            "Merge the adapter with PEFT, or train one of both gate_up_proj and down_proj.",
+            "sizes that show whether lora_A belongs to the inputs or to the outputs",
+            "equal numbers of inputs and outputs",
+            "Merge the adapter with PEFT, or train one that has both gate_up_proj and down_proj.",
         )
     return found.pop()
 
@@ -73,7 +73,7 @@ def _shared(layers: dict[str, dict[str, Pair]], hidden: int | None) -> set[bool]
         if not (shared := shared & found):
             both = f"{_shown(layers[first])}, then {_shown(pairs)}"
             where = f"{first}.experts", f"{mlp}.experts"
-            raise broken(where, "A to belong to the inputs in all layers or in none", both)
+            raise broken(where, "lora_A to belong to the inputs in all layers or in none", both)
     return shared
 
 
@@ -152,7 +152,7 @@ def by_expert(module: str, a: mx.array, b: mx.array, rank: int) -> tuple[mx.arra
         if first != last:
             return a, b if first else b.transpose(2, 0, 1)
     expected = f"lora_A [experts, {rank}, in] and lora_B [experts, out, {rank}] or [out, {rank}, experts]"
-    raise broken(module, f"{expected}, by r and rank_pattern", f"{list(a.shape)} and {list(b.shape)}")
+    raise broken(module, f"{expected}, according to r and rank_pattern", f"{list(a.shape)} and {list(b.shape)}")
 
 
 def join(gate: Lora | None, up: Lora | None, shared: bool) -> Lora:

@@ -140,7 +140,7 @@ def sizes(modules: dict[str, Lora]) -> dict[str, int]:
         for name, size in found:
             first, where = known.setdefault(name, (size, path))
             if first != size:
-                raise broken((where, path), f"one {name}", f"{first} and {size}")
+                raise broken((where, path), f"one value for {name}", f"{first} and {size}")
     return {name: size for name, (size, _) in known.items()}
 
 

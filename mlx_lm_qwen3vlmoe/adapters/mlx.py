@@ -47,7 +47,7 @@ def read(folder: Path) -> Adapter:
             change = adapter.modules[path] = _module(path, parts, scale, kind == "dora")
             if change.a.ndim < 2 or change.b.ndim < 2 or (change.a.shape[-2], change.b.shape[-1]) != (rank, rank):
                 shapes = f"the shapes {list(parts['lora_a'].shape)} and {list(parts['lora_b'].shape)}"
-                raise broken(path, f"lora_a and lora_b of rank {rank}, by lora_parameters", shapes)
+                raise broken(path, f"lora_a and lora_b of rank {rank}, according to lora_parameters", shapes)
     return adapter
 
 
@@ -62,7 +62,7 @@ def _by_module(tensors: dict[str, mx.array], names: dict[str, str]) -> dict[str,
         module = modules.setdefault(path, {})
         if match[2] in module:
             where = f"{names[path]}.{match[2]}", name
-            raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")
+            raise CheckpointError(where, "one of these, as they are the same tensor", "both", "Remove one of them.")
         names[path] = match[1]
         module[match[2]] = array
     return modules

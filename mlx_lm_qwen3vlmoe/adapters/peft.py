@@ -79,8 +79,8 @@ def read(folder: Path, base: Base) -> Adapter:
 
 def _refuse_tinker(tensors: Iterable[str]) -> None:
     if tensor := next((name for name in tensors if _TINKER.search(name)), None):
-        remedy = "Convert it with tinker_cookbook.weights.build_lora_adapter, and then what that writes."
-        raise CheckpointError(tensor, "an adapter of PEFT", "one as Tinker downloads it", remedy)
+        remedy = "Convert it with tinker_cookbook.weights.build_lora_adapter first, and then convert the result here."
+        raise CheckpointError(tensor, "an adapter that PEFT saved", "one that Tinker saved", remedy)
 
 
 def _names(modules: dict[str, Module]) -> dict[str, str]:
@@ -136,7 +136,7 @@ def _by_module(tensors: dict[str, mx.array]) -> dict[str, Module]:
         module = modules.setdefault(path, Module(stored, name.removesuffix(".base_layer"), {}))
         if part in module.parts:
             where = f"{module.stored}{tensor.removeprefix(stored)}", tensor
-            raise CheckpointError(where, "one name for a tensor", "two", "Remove one of them.")
+            raise CheckpointError(where, "one of these, as they are the same tensor", "both", "Remove one of them.")
         module.parts[part] = array
     return modules
 
@@ -179,7 +179,7 @@ def _change(path: str, module: Module, config: PeftConfig) -> Lora:
     rank, scale = config.rank_and_scale(parameter if config.targets(parameter) else module.name)
     a, b = (parts[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
-        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}], by r and rank_pattern"
+        shapes = f"lora_A [{rank}, …] and lora_B […, {rank}], according to r and rank_pattern"
         raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
     lora = Lora(a, b, scale, parts.get("magnitude_vector"))
     if not _SINGLE.fullmatch(path):
@@ -194,7 +194,7 @@ def _with_axis(mlp: str, projection: str, module: Module, config: PeftConfig) ->
     if projection != GATE_UP:
         return {f"{mlp}.switch_mlp.{projection}": Lora(a, b, scale)}
     if b.shape[1] % 2:
-        raise broken(module.stored, "the outputs of gate and up, as many of each", f"{b.shape[1]} of both")
+        raise broken(module.stored, "an even number of outputs, half for gate and half for up", b.shape[1])
     halves = zip(("gate_proj", "up_proj"), mx.split(b, 2, axis=1), strict=True)
     return {f"{mlp}.switch_mlp.{half}": Lora(a, part, scale) for half, part in halves}
 
@@ -251,8 +251,10 @@ def _parameters(modules: dict[str, Module], config: PeftConfig) -> dict[str, dic
         if 3 in (a.ndim, b.ndim) and not config.in_blocks:
             a, b = fused.flat(*fused.by_expert(module.stored, a, b, rank))
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
-            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name}, by r and rank_pattern"
-            raise broken(module.stored, shapes, f"{list(a.shape)} and {list(b.shape)}")
+            shapes = f"lora_A [{rank} · experts, …] and lora_B […, {rank} · experts] of {name}"
+            raise broken(
+                module.stored, f"{shapes}, according to r and rank_pattern", f"{list(a.shape)} and {list(b.shape)}"
+            )
         layers.setdefault(match[1], {})[name] = Pair(a, b, rank, scale)
     return layers
 

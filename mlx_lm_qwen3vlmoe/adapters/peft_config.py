@@ -71,7 +71,7 @@ class PeftConfig(Fields):
             try:
                 found = pattern(field, rf"(.*\.)?({text})$")  # as PEFT matches it
             except CheckpointError:
-                raise self.error(field, "names, or simple regular expressions", text) from None
+                raise self.error(field, "names of modules, or simple regular expressions", text) from None
             patterns.append((found, read(values, text)))
         return patterns
 

@@ -68,7 +68,7 @@ def nested(config: dict[str, Any]) -> dict[str, Any]:
     if text and _is_partial(text):
         raise config_error(
             "text_config",
-            "all fields of the language model",
+            "every field of the language model",
             text,
             "If you passed text_config in model_config, it has replaced the whole text_config of config.json: pass the "
             f"fields themselves in model_config instead ({series(text, 'and')}).",

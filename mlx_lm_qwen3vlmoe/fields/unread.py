@@ -34,4 +34,7 @@ def report_unread(text: dict[str, Any]) -> None:
             unread.append(field)
     if unread:
         names = ", ".join(map(shortened, unread[:20]))
-        logger.warning("config.json: %s: neither transformers nor this package reads this here", names)
+        logger.warning(
+            "config.json: %s: has no effect, as neither transformers nor this package reads it for this model type",
+            names,
+        )

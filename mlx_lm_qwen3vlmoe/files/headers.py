@@ -42,9 +42,9 @@ def local_headers(folder: Path, notes: list[str]) -> dict[str, Header]:
     if not headers:
         others = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
         if others:
-            remedy = "mlx-lm looks for no others. Rename them, if they are a checkpoint and no adapter."
+            remedy = "mlx-lm reads no others. If they belong to a checkpoint and not to an adapter, rename them."
             raise CheckpointError(folder, LOADED, series(others[:5], "and"), remedy)
-        raise CheckpointError(folder, LOADED, "no such file", "Is the download complete?")
+        raise CheckpointError(folder, LOADED, "no such file", "Is the download complete? If not, download it again.")
     return headers
 
 
@@ -70,7 +70,7 @@ def _check_entry(where: str, entry: Any) -> None:
     found: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = found.get("dtype"), found.get("shape"), found.get("data_offsets", [])
     if not isinstance(dtype, str):
-        raise CheckpointError(f"{where}: dtype", "a text", shown(dtype), AGAIN)
+        raise CheckpointError(f"{where}: dtype", "a string", shown(dtype), AGAIN)
     if not _are_sizes(shape, LARGEST):
         raise CheckpointError(f"{where}: shape", f"a list of sizes up to {LARGEST}", shown(shape), AGAIN)
     if not _are_sizes(offsets, _FARTHEST) or len(offsets) != 2 or offsets != sorted(offsets):
@@ -100,7 +100,9 @@ def find(checkpoint: str, notes: list[str]) -> tuple[Path, dict[str, Header], li
     if folder.exists():
         raise CheckpointError(checkpoint, "a folder", "a file", "Name the folder that it is in.")
     if checkpoint[:1] in (".", "~", "/") or checkpoint.count("/") > 1 or checkpoint.endswith("/"):
-        raise CheckpointError(f"{checkpoint}: no such folder. A repository on the hub has a name like owner/model.")
+        raise CheckpointError(
+            f"{checkpoint}: no such folder. If you mean a repository on the hub, its name has the form owner/model."
+        )
     return _hub_headers(checkpoint, notes)
 
 
@@ -145,15 +147,15 @@ def _why_not(error: Exception) -> str:
     """An error of the hub's library in words."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "HFValidationError" in kinds:
-        return "a repository on the hub has a name like owner/model"
+        return "the name of a repository on the hub has the form owner/model"
     if "GatedRepoError" in kinds:
-        return "the hub wants a login (hf auth login), and the terms on the page of that repository accepted"
+        return "the hub asks for a login (hf auth login), and to accept the terms on the page of that repository"
     if "RepositoryNotFoundError" in kinds:
-        return "the hub has no such repository, or shows it after a login only (hf auth login)"
+        return "the hub has no such repository, or shows it only after a login (hf auth login)"
     if "NotASafetensorsRepoError" in kinds:
         return "the repository of that name on the hub has no safetensors files"
     reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
-    return f"the hub's cache on this machine does not have all of it, and the hub is not reached ({reason})"
+    return f"the hub's cache on this machine does not have all of it, and the hub cannot be reached ({reason})"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -170,10 +172,10 @@ def read_index(folder: Path) -> dict[str, str]:
         files: dict[str, str] = dict(read_json(index)["weight_map"])
         if all(isinstance(file, str) for file in files.values()):
             return files
-        what = "one with other values than names of files"
+        what = "one whose values are not all file names"
     except (OSError, ValueError, TypeError, KeyError) as e:
-        what = f"what cannot be read ({type(e).__name__}: {e})"
-    raise CheckpointError(index, "a weight_map of tensors", what, AGAIN)
+        what = f"a file that cannot be read ({type(e).__name__}: {e})"
+    raise CheckpointError(index, "a weight_map from tensors to files", what, AGAIN)
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -185,14 +187,16 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError) as e:
-        what = "no such file" if isinstance(e, FileNotFoundError) else f"what cannot be read ({e})"
+        what = "no such file" if isinstance(e, FileNotFoundError) else f"a file that cannot be read ({e})"
         remedy = "Is this the folder of a checkpoint? If so, download the file again."
         raise CheckpointError(name, "config.json", what, remedy) from e
     found = config.get("model_type") if isinstance(config, dict) else config
     if not isinstance(found, str) or found not in MODEL_TYPES:
         if own_module(found, config.get("architectures") if isinstance(config, dict) else None):
-            raise CheckpointError(f"{name}: {found} is mlx-lm's own type: load it as it is.")
-        remedy = "Is this a Qwen3-VL-MoE checkpoint? This command knows no others."
+            raise CheckpointError(
+                f"{name}: mlx-lm has its own model for {found}. Load it with mlx_lm: this command is not needed."
+            )
+        remedy = "Is this a Qwen3-VL-MoE checkpoint? This command supports no others."
         raise CheckpointError(f"{name}: config.json: model_type", series(MODEL_TYPES), shown(found), remedy)
     return config
 

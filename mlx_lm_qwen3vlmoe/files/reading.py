@@ -22,7 +22,7 @@ def read_json(path: Path) -> Any:
     """What a file has, of at most 100 levels; raises `OSError`, `ValueError` or `CheckpointError`."""
     check_file(path)
     if (size := path.stat().st_size) > _LARGEST:
-        raise ValueError(f"{size} bytes, which is too much for {path.name}")
+        raise ValueError(f"{size} bytes, which is too large for {path.name}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 
 def _too_deep() -> ValueError:
-    return ValueError(f"lists or objects in each other, more than {_DEEPEST} levels deep")
+    return ValueError(f"lists or objects nested more than {_DEEPEST} levels deep")
 
 
 def _inner(value: list[Any] | dict[str, Any]) -> list[Any]:

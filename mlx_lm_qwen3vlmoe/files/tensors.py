@@ -95,8 +95,8 @@ def find_tensors(folder: Path, headers: dict[str, Header]) -> dict[str, FileTens
             if begin < last or end > size:
                 raise CheckpointError(
                     f"{path}: {tensor}",
-                    f"data of its own within the {size} bytes of the file",
-                    f"bytes {begin} to {end}, after others up to {last}",
+                    f"data within the {size} bytes of the file that no other tensor uses",
+                    f"bytes {begin} to {end}, where others go up to {last}",
                     AGAIN,
                 )
             if tensor in found:
@@ -117,7 +117,7 @@ def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[i
     if dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size:
         return tuple(shape)
     found = f"the shape {shown(shape)} of {shown(dtype)}"
-    raise CheckpointError(f"{path}: {tensor}", f"a shape of {size} bytes", found, AGAIN)
+    raise CheckpointError(f"{path}: {tensor}", f"a shape that takes {size} bytes", found, AGAIN)
 
 
 def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
@@ -128,6 +128,6 @@ def _check_index(folder: Path, found: dict[str, FileTensor]) -> None:
         if file != where:
             remedy = "Download the file that is missing."
             if where:
-                remedy = "Is the index of another checkpoint? Download it again, or remove it."
+                remedy = "Is the index from another checkpoint? Download it again, or remove it."
             expected = f"in {shown(file)}, as the index says"
             raise CheckpointError(f"{INDEX}: {tensor}", expected, f"in {where}" if where else "nowhere", remedy)

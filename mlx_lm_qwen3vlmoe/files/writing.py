@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import CheckpointError
+from ..terminal import in_bytes
 
 
 def check_empty(out: Path) -> None:
     """Raise `CheckpointError` where there is anything but an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(out, "nothing, or an empty folder", "files", "Choose another --save-path.")
+        found = "a folder with files" if out.is_dir() else "a file"
+        raise CheckpointError(out, "a new or empty folder", found, "Choose another --save-path.")
 
 
 def no_space(out: Path, size: int, free: int) -> CheckpointError:
     remedy = "Free some, or choose another --save-path."
-    return CheckpointError(out, f"{size / 1e9:.3f} GB of free space", f"{free / 1e9:.3f} GB", remedy)
+    return CheckpointError(out, f"{in_bytes(size)} of free space", in_bytes(free), remedy)
 
 
 @contextlib.contextmanager
@@ -48,9 +50,9 @@ def new_folder(out: Path, size: int) -> Iterator[Path]:
         try:
             partial.mkdir()
         except FileExistsError:
-            remedy = "If no other run is at work, remove it."
-            found = "what another run is writing, or has left behind"
-            raise CheckpointError(partial, "nothing", found, remedy) from None
+            remedy = "If no other run is active, remove it."
+            found = "one that another run is writing or has left behind"
+            raise CheckpointError(partial, "no such folder", found, remedy) from None
         try:
             yield partial
             _sync(partial)

@@ -118,7 +118,7 @@ def shares(model: Any, ranks: int, cache: list[int]) -> dict[str, Any]:
     ):
         try:
             if not hasattr(model, "shard"):
-                raise CheckpointError("this needs mlx-lm 0.32.0 or newer")
+                raise CheckpointError("more than one machine needs mlx-lm 0.32.0 or newer: update mlx-lm.")
             parallel.check(ranks, mode, sizes)
             plan[mode] = {"error": None, "ranks": share(model, ranks, cache)}
         except CheckpointError as e:
@@ -154,6 +154,7 @@ def machine(device: mx.Device) -> dict[str, int | None]:
 
     It is that of a GPU that has its own, and no more than a container may take.
     """
+    # Until: MLX 0.30.6. Older ones have it for Metal only.
     info = getattr(mx, "device_info", None) or (mx.metal.device_info if mx.metal.is_available() else dict)
     found: dict[str, Any] = info()
     own = [] if device == mx.cpu else ["total_memory"]

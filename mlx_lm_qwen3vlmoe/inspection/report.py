@@ -26,14 +26,19 @@ from ..layouts.experts import ONE_BY_ONE, layout_of
 from ..layouts.names import host_name, layer_and_suffix
 from ..model import Model
 from ..quantization.description import foreign_quantization, own_quantization
-from ..runtime import parallel
+from ..runtime import cpu, parallel
 from ..runtime.backend import device, planned
-from ..terminal import printable
+from ..terminal import in_bytes, printable
 from . import planning
 from .surroundings import check_dtypes, check_place, check_rotation, surroundings
 
 # What a load raises for a checkpoint that is broken: this package, or the host where it stops first.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_CAST = (
+    "On the CPU, MLX multiplies unquantized experts in float32 only: each use casts them, which takes time. A "
+    "quantized copy (mlx_lm.convert -q) is smaller and faster."
+)
 
 
 def inspect(
@@ -82,6 +87,8 @@ def inspect(
             if bits is not None:
                 scattered = report["quantization"] != "none" and layout in ONE_BY_ONE
                 model, report["convert_bytes"] = _converted(model, config, bits, scattered)
+            if cpu.casts(model):
+                notes.append(_CAST)
             report |= _plan(model, ranks, context)
         except FAILURES as e:
             report["error"] = described(e)
@@ -184,19 +191,20 @@ def render(report: dict[str, Any]) -> str:
     if report["error"]:
         return _aligned([*lines, ("loads", f"no: {report['error']}"), *(("note", note) for note in report["notes"])])
     lines.append(("loads", f"yes, for the {report['device']}" + ", once it is complete" * (not report["complete"])))
-    lines.append(("weights", _size(report["weights_bytes"])))
-    lines += [("", f"{_size(size)} {name}") for name, size in report["formats"].items()]
+    lines.append(("weights", in_bytes(report["weights_bytes"])))
+    lines += [("", f"{in_bytes(size)} {name}") for name, size in report["formats"].items()]
     if "convert_bytes" in report:
         peak = report["convert_bytes"]
-        known = f"{_size(peak)} at most" if peak else "unknown: measured for floats and FP8 on a CPU only"
+        known = f"{in_bytes(peak)} at most" if peak else "unknown: measured for floats and FP8 on a CPU only"
         lines.append(("convert -q", known))
-    lines.append(("cache", f"{_size(report['cache_bytes'])} at {report['context']} tokens"))
+    lines.append(("cache", f"{in_bytes(report['cache_bytes'])} at {report['context']} tokens"))
     for mode in ("tensor", "pipeline") if "ranks" in report else ():
         plan = report[mode]
-        lines.append((mode, plan["error"] or f"{report['ranks']} of {parallel.listed(plan['allowed'])} ranks"))
+        fits = f"on {parallel.counted([report['ranks']])} (possible: {parallel.listed(plan['allowed'])})"
+        lines.append((mode, f"no: {plan['error']}" if plan["error"] else fits))
         for number, rank in enumerate(plan["ranks"] if report["ranks"] > 1 else []):
-            part = f"{rank['layers']} layers, {_size(rank['weights_bytes'])} of weights"
-            lines.append(("", f"rank {number}: {part}, {_size(rank['cache_bytes'])} of cache"))
+            part = f"{rank['layers']} layers, {in_bytes(rank['weights_bytes'])} of weights"
+            lines.append(("", f"rank {number}: {part}, {in_bytes(rank['cache_bytes'])} of cache"))
     lines += [("note", note) for note in report["notes"]]
     return f"{_needs(report)}\n\n{_aligned(lines)}"
 
@@ -204,19 +212,13 @@ def render(report: dict[str, Any]) -> str:
 def _needs(report: dict[str, Any]) -> str:
     """The verdict: what the checkpoint takes, and what there is."""
     needs, has, gpu = (report[key] for key in ("needs_bytes", "machine_bytes", "gpu_bytes"))
-    line = f"needs {_size(needs)}" + f"; this machine has {(has or 0) / 1e9:.1f}" * bool(has)
+    line = f"needs {in_bytes(needs)}" + (f"; this machine has {in_bytes(has)}" if has else "")
     if has and needs > has:
         return f"{line}, which is not enough"
     if gpu and needs > gpu and report["device"] == "GPU":
-        return f"{line}, of which the GPU gets {gpu / 1e9:.1f}: raise that as mlx-lm's README says (Large Models)"
+        return f"{line}, but its GPU can use {in_bytes(gpu)}: mlx-lm's README says how to raise that (Large Models)"
     return line
 
 
 def _aligned(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<13} {printable(text)}" for name, text in lines)
-
-
-def _size(size: int) -> str:
-    """Three figures and a unit: GB of 10⁹ bytes, or MB below 0.1 GB."""
-    amount, unit = (size / 1e9, "GB") if size >= 1e8 else (size / 1e6, "MB")
-    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"

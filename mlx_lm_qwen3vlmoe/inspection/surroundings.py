@@ -29,19 +29,18 @@ def surroundings(names: list[str], headers: dict[str, Header]) -> list[str]:
     notes = _second_set(headers)
     if adapters := [name for name in _ADAPTERS if name in names]:
         notes.append(
-            f"{adapters[0]}: an adapter lies in this folder, and a load does not apply it. mlx_lm takes one by "
-            "--adapter-path, and one of PEFT once mlx-lm-qwen3vlmoe adapters has converted it."
+            f"{adapters[0]}: an adapter is in this folder, but loading the model does not apply it. Pass it to mlx_lm "
+            "with --adapter-path, and convert one that PEFT saved with mlx-lm-qwen3vlmoe adapters first."
         )
     stray = [name for name in names if name.endswith(".safetensors") and not fnmatchcase(name, LOADED)]
     if stray := [name for name in stray if name not in _ADAPTERS and "/" not in name]:
         notes.append(
-            f"{_listed(stray)}: mlx-lm does not look at what is not called {LOADED}. If it belongs to the model, "
-            "rename it."
+            f"{_listed(stray)}: mlx-lm reads only files that are named {LOADED}. Rename what belongs to the model."
         )
     if "quanto_qmap.json" in names:
         notes.append(
-            "quanto_qmap.json: optimum-quanto quantized this checkpoint, and config.json does not say so. Use the "
-            "unquantized checkpoint if it does not load."
+            "quanto_qmap.json: optimum-quanto quantized this checkpoint, but config.json does not say so. If it does "
+            "not load, use the unquantized checkpoint."
         )
     return notes
 
@@ -94,9 +93,9 @@ def check_place(folder: Path, names: Iterable[str]) -> None:
         str(folder).encode()
     except UnicodeEncodeError:
         remedy = "MLX cannot open it. Rename the folder."
-        raise CheckpointError(folder, "a path in UTF-8", "another", remedy) from None
+        raise CheckpointError(folder, "a path in UTF-8", "other bytes", remedy) from None
     if any((folder / name).exists() for name in names) and not glob.glob(str(folder / LOADED)):
-        remedy = "mlx-lm takes them for a pattern, and finds no file. Rename the folder."
+        remedy = "mlx-lm reads these as a pattern and finds no file. Rename the folder."
         raise CheckpointError(folder, "a path without [ and ]", "one with them", remedy)
 
 
@@ -113,7 +112,7 @@ def check_dtypes(headers: dict[str, Header]) -> None:
                     f"{file}: {tensor}",
                     "a dtype that MLX reads",
                     dtype,
-                    "It reads nothing of a file with such a tensor. Use a checkpoint in bfloat16 or another format.",
+                    "It cannot read any file with such a tensor. Use a checkpoint in bfloat16 or another format.",
                 )
 
 

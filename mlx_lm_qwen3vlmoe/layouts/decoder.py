@@ -15,6 +15,7 @@ from ..quantization import ACT_ORDER, Decoded, Layer, Tensors
 from ..quantization.checks import check_packed
 from ..runtime.backend import planning, takes_global_scale
 from ..runtime.lazy import in_pieces
+from ..terminal import in_bytes
 from .names import module_name, stranger
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,12 @@ class Decoder:
         for suffix, array in tensors.items():  # the host's own tests pass None
             if array is not None and "scales" not in tensors and not mx.issubdtype(array.dtype, mx.floating):
                 if array.dtype == mx.uint32:
-                    raise MissingTensorError(f"{path}.scales", f"beside the packed {suffix}", "nothing", MISSING_FILE)
-                remedy = "config.json does not say what these stand for. Use the one that was saved with this tensor."
+                    raise MissingTensorError(
+                        f"{path}.scales", f"this tensor beside the packed {suffix}", "none", MISSING_FILE
+                    )
+                remedy = (
+                    "config.json does not say how to read them. Use the config.json that was saved with this tensor."
+                )
                 raise CheckpointError(f"{path}.{suffix}", "floats", array.dtype, remedy)
         entry = self.own.get(module_name(path))
         if "scales" not in tensors or (entry is None and not separate):
@@ -151,11 +156,11 @@ class Decoder:
         """Log once what became float, and what that costs."""
         if self._reasons:
             logger.warning(
-                "MLX has no packed format for layers of this checkpoint (%s): they are dequantized, and take %.2f GB "
-                "of memory for %.2f GB in the file. mlx_lm.convert -q writes a smaller copy.",
+                "MLX cannot keep some layers of this checkpoint quantized (%s). They are dequantized: %s in memory "
+                "for %s in the file. mlx_lm.convert -q writes a smaller copy.",
                 ", ".join(self._reasons),
-                self._after / 1e9,
-                self._before / 1e9,
+                in_bytes(self._after),
+                in_bytes(self._before),
             )
 
 
@@ -167,6 +172,6 @@ def _without_bias(path: str, tensors: Tensors) -> Tensors:
             f"{path}.{ROUTER_BIAS}",
             "zeros, as the router of this model type has no bias",
             "other numbers",
-            "Is config.json that of this checkpoint? If so, the model was changed, and this package does not load it.",
+            "Is config.json from this checkpoint? If so, the model was changed, and this package cannot load it.",
         )
     return {suffix: array for suffix, array in tensors.items() if suffix != ROUTER_BIAS}

@@ -77,9 +77,9 @@ def check_taken(weights: Iterable[tuple[str, mx.array]], model: nn.Module, own: 
         packed = "scales" in (module or {}) and not is_guest(module) and not is_mlx_mode(own.get("mode", "affine"))
         if packed or not _fits(module, name[len(path) + 1 :], array):
             mode = f" (quantization in config.json has the mode {shown(own['mode'])})" if "mode" in own else ""
-            found = f"one of another program's layer{mode}"
+            found = f"one that another program's layer has{mode}"
             remedy = "Load this checkpoint with the program that made it."
-            raise CheckpointError(name, "a tensor of MLX's layer", found, remedy)
+            raise CheckpointError(name, "a tensor that MLX's layer has", found, remedy)
 
 
 def _fits(module: Any, suffix: str, array: mx.array) -> bool:

@@ -49,7 +49,7 @@ def cut_merged(layers: Layers, sizes: dict[str, Any]) -> Layers:
         if twice := [part for part in parts if part in layers]:
             raise CheckpointError(
                 (f"{path}.weight", f"{twice[0]}.weight"),
-                "one of the two",
+                "one of these",
                 "both",
                 "Remove the file that a second tool left in the folder.",
             )
@@ -66,7 +66,7 @@ def refuse_merged(layers: Iterable[str]) -> None:
             f"{path}.weight",
             "separate projections in an original",
             "merged ones",
-            "Use the checkpoint that was loaded into the engine which saved this one.",
+            "Use the checkpoint from which the engine that saved this one was started.",
         )
 
 

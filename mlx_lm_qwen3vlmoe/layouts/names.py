@@ -47,26 +47,26 @@ _MAIN = ("weight", "qweight", "weight_packed", "_weight_qdata", "W_q")  # what t
 # What else files of checkpoints have: a pattern → what it is, and what to do. The last one fits any name.
 _STRANGERS = {
     r"^base_model\.|\.(?:base_layer|modules_to_save)\.|\.lora_(?:\w*[A-Z]\b|magnitude)": (
-        "one of a PEFT adapter that is not merged. Merge the adapter with PEFT (merge_and_unload), and save the model."
+        "part of a PEFT adapter that is not merged. Merge the adapter with PEFT (merge_and_unload), and save the model."
     ),
-    r"\.lora_[ab]$": "one of an mlx_lm adapter that is not fused. Run mlx_lm.fuse.",
+    r"\.lora_[ab]$": "part of an mlx_lm adapter that is not fused. Run mlx_lm.fuse.",
     r"(?:^|\.)v_head\.": "the value head of TRL. Save the wrapped model (pretrained_model) without its value head.",
     r"(?:^|\.)score\.": (
         "the head of a reward model or classifier. Such a model writes no text. Use the model that it was trained from."
     ),
     r"(?:^|\.)(?:mtp|midlayer)\.|^fc\.|^(?:d2t|t2d)$": (
-        "one of a draft model for speculative decoding. Save a copy of the checkpoint without the draft model."
+        "part of a draft model for speculative decoding. Save a copy of the checkpoint without the draft model."
     ),
     r"(?:^|\.)(?:thinker|talker|code2wav|audio_tower)\.": (
-        "one of Qwen3-Omni. That is another model type, which this package does not load."
+        "part of Qwen3-Omni. This package cannot load that model type: use a Qwen3-VL-MoE checkpoint."
     ),
     r"\.bias$": (
-        "a bias, which this model type does not have. Is config.json that of this checkpoint? If so, the model was "
-        "changed, and this package does not load it."
+        "a bias, which this model type does not have. Is config.json from this checkpoint? If so, the model was "
+        "changed, and this package cannot load it."
     ),
     "": (
-        "one that no known tool writes. Is config.json that of this checkpoint? If so, and if the model does not need "
-        "it, save a copy without it."
+        "one that no known tool writes. Is config.json from this checkpoint? If so, and if the model does not need "
+        "this tensor, save a copy without it."
     ),
 }
 

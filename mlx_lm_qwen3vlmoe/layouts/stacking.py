@@ -155,7 +155,7 @@ def missing(name: str) -> MissingTensorError:
         (".mlp.experts.gate_up_proj.weight", ".mlp.experts.down_proj.weight")
     ):
         remedy = MISSING_FILE
-    return MissingTensorError(name, "beside the other experts of its layer", "nothing", remedy)
+    return MissingTensorError(name, "this tensor beside the other experts of its layer", "none", remedy)
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:

@@ -102,9 +102,10 @@ def read_description(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def title(config: dict[str, Any]) -> str:
-    """The method of a description and the format, in its own terms."""
+    """The method of a description and the format, in its own terms, and nothing twice."""
     method = config["quant_method"]
-    return f"{method} {config.get(_BY_METHOD[method].detail) or ''}".strip()
+    detail = str(config.get(_BY_METHOD[method].detail) or "").removeprefix("auto_round:")
+    return method if detail in ("", method, "auto_round") else f"{method} {detail}"
 
 
 def is_foreign(tensors: Tensors) -> bool:

@@ -121,7 +121,11 @@ def group_size_of(layer: Layer, inputs: int, groups: int, described: int | None)
     if groups == 1 and (described is None or described <= 0 or described >= inputs):
         return inputs
     if described is None or described <= 0:
-        what = "group_size in quantization_config" if described is None else f"one group, by group_size {described}"
+        what = (
+            "group_size in quantization_config"
+            if described is None
+            else f"one group, according to group_size {described}"
+        )
         raise layer.error("weight", what, f"{groups} groups for {inputs} inputs")
     # No tool has groups of other sizes than powers of two, where a wrong one could pass for a last group cut short.
     cut_short = inputs % described and not described & (described - 1)

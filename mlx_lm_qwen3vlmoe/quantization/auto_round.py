@@ -78,7 +78,9 @@ class AutoRound(Family):
         tensors, parameters, _ = self._decode(layer)
         weight = dequantize(tensors, parameters, mx.float32) if parameters else tensors["weight"]
         if weight.shape[-1] % block:
-            raise layer.error("weight_packed", f"blocks of {block} inputs, by rotation_config", weight.shape[-1])
+            raise layer.error(
+                "weight_packed", f"blocks of {block} inputs, according to rotation_config", weight.shape[-1]
+            )
         weight = mx.hadamard_transform(weight.reshape(*weight.shape[:-1], -1, block)).reshape(weight.shape)
         return Decoded({"weight": weight.astype(dtype)}, None, "a rotation of the inputs")
 

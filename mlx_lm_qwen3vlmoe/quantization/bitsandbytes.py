@@ -78,7 +78,7 @@ def _rows(layer: Layer) -> Decoded:
     layer.check("SCB", scales, layer.shape(codes)[:1])
     order = layer.take_optional("weight_format")
     if order is not None and not layer.planning and mx.any(order != 0).item():
-        raise layer.unsupported("weight_format", "0, for rows", "another order")
+        raise layer.unsupported("weight_format", "0 (rows)", "another number")
     return signed(layer, codes, mx.expand_dims(scales.astype(mx.float32) / 127, -1))
 
 
@@ -115,7 +115,7 @@ def _blocks(
     codes, values = layer.take("weight", 2), layer.floats("weight.quant_map", 1)
     storage = layer.setting("bnb_4bit_quant_storage", "a storage type", *_STORAGE, default="uint8")
     if codes.dtype != getattr(mx, storage):
-        raise layer.error("weight", f"{storage}, by bnb_4bit_quant_storage", codes.dtype)
+        raise layer.error("weight", f"{storage}, according to bnb_4bit_quant_storage", codes.dtype)
     layer.check("weight", codes, (size // 2 // codes.itemsize, 1))
     layer.check("weight.quant_map", values, (16,))
     if shape[-1] % 2 or size // 2 % codes.itemsize:

@@ -25,8 +25,8 @@ def check_packed(
     affine = parameters.get("mode", "affine") == "affine"
     for suffix in ("weight", "scales", *(["biases"] if affine else [])):
         if suffix not in tensors:
-            beside = f"beside the other tensors of its layer {described if bits else ''}".rstrip()
-            raise MissingTensorError(f"{path}.{suffix}", beside, "nothing", MISSING_FILE)
+            beside = f"this tensor beside the others of its layer {described if bits else ''}".rstrip()
+            raise MissingTensorError(f"{path}.{suffix}", beside, "none", MISSING_FILE)
     if not bits or not group_size:
         raise CheckpointError(
             f"{path}.scales",
@@ -39,7 +39,7 @@ def check_packed(
         expected["biases"] = expected["scales"]
     if "global_scale" in tensors:
         expected["global_scale"] = rows[:-1]
-    remedy = f"Is quantization in config.json that of this checkpoint? {DAMAGED}"
+    remedy = f"Is quantization in config.json from this checkpoint? {DAMAGED}"
     for suffix, array in sorted(tensors.items()):
         name = f"{path}.{suffix}"
         if suffix not in expected:

@@ -185,6 +185,8 @@ def _floats(layer: Layer) -> Decoded:
         _check_group(layer, schemes, 32)
         return mxfp8(layer, weight, layer.take("weight_scale", 2))
     if schemes and schemes[0].get("scale_dtype") == "torch.uint8":
-        raise layer.error("weight_scale", "powers of two (uint8), by scale_dtype", layer.take("weight_scale").dtype)
+        raise layer.error(
+            "weight_scale", "powers of two (uint8), according to scale_dtype", layer.take("weight_scale").dtype
+        )
     suffix = "weight_scale_inv" if layer.has("weight_scale_inv") else "weight_scale"
     return fp8.scaled(layer, weight, suffix, shared_by(schemes[0]) if schemes else None)

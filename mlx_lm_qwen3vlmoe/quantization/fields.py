@@ -53,16 +53,16 @@ def check_fields(parts: Iterable[Part]) -> None:
             if _OF_NUMBERS.search(field.lower()):
                 raise CheckpointError(
                     f"quantization_config: {where}{field}",
-                    "no field that changes the weights in an unknown way",
+                    "no unknown field that may change the weights",
                     shown(value),
-                    "If it does not, remove it. Else use another quantized checkpoint, or the unquantized one with "
-                    "mlx_lm.convert -q.",
+                    "If it does not change them, remove it. If it does, use another quantized checkpoint, or the "
+                    "unquantized one with mlx_lm.convert -q.",
                 )
             strange[f"{where}{field}"] = value
     if strange:
         logger.warning(
-            "quantization_config has fields that are not known here, and have no effect: %s. If the text makes no "
-            "sense, one of them may be why.",
+            "quantization_config has fields that this package does not know, and ignores: %s. If the model answers "
+            "nonsense, one of them may be why.",
             ", ".join(f"{field} ({shown(value)})" for field, value in strange.items()),
         )
 

@@ -87,7 +87,7 @@ class Fp8(Family):
         suffix = "weight_scale" if layer.has("weight_scale") else "weight_scale_inv"
         form = layer.settings.get("scale_fmt") or "ue8m0"
         if layer.has(suffix, mx.uint8) and form != "ue8m0":
-            raise layer.error(suffix, f"floats, by scale_fmt {form!r}", "powers of two (uint8)")
+            raise layer.error(suffix, f"floats, according to scale_fmt {form!r}", "powers of two (uint8)")
         shared = described_block(layer.settings)
         if method := layer.setting("weight_scale_method", "tensor, row or block", *_SHARED, "block", None):
             shared = _SHARED.get(method, shared)
@@ -174,7 +174,7 @@ def spread(scale: mx.array, axis: int, size: int, block: int, piece: int) -> mx.
     """One number a block along an axis of ``size`` → one a piece of it, where pieces divide the blocks and the axis."""
     if piece == block:
         return scale
-    # MLX 0.29 takes wrong numbers of what was taken along another axis, unless that is contiguous.
+    # Until: MLX 0.30.1. Older ones take wrong numbers of what was taken along another axis, unless that is contiguous.
     return mx.contiguous(mx.take(scale, mx.arange(0, size, piece) // block, axis))
 
 

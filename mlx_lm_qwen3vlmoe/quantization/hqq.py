@@ -115,4 +115,4 @@ def _check_described(
         found = array.tolist() if array.size <= 2 else list(array.shape)
         found = round(found, 2) if isinstance(found, float) else found
         if found not in values:
-            raise layer.error(suffix, f"{series(values)}, by the shape of W_q and config.json", found)
+            raise layer.error(suffix, f"{series(values)}, according to the shape of W_q and config.json", found)

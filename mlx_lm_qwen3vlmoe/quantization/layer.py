@@ -63,13 +63,13 @@ class Layer:
 
     def error(self, suffix: str, expected: str, found: object) -> CheckpointError:
         """The error for a tensor that is not as the description has it: one of the two is wrong."""
-        remedy = f"Is quantization_config that of this checkpoint? {DAMAGED}"
+        remedy = f"Is quantization_config from this checkpoint? {DAMAGED}"
         return CheckpointError(f"{self.name}.{suffix}", expected, found, remedy)
 
     def unsupported(self, suffix: str, expected: str, found: object) -> CheckpointError:
         """The error for a form of a format that is not known here, or that MLX cannot have."""
         remedy = (
-            "Is quantization_config that of this checkpoint? If so, this form is not supported: use another quantized "
+            "Is quantization_config from this checkpoint? If so, this variant is not supported: use another quantized "
             "checkpoint, or the unquantized one with mlx_lm.convert -q."
         )
         return CheckpointError(f"{self.name}.{suffix}", expected, found, remedy)
@@ -102,13 +102,13 @@ class Layer:
         """Remove a tensor and return it, as one of these ranks (of one layer), with the dtype that its name has."""
         if suffix not in self.tensors:
             name = f"{self.name}.{suffix}"
-            raise MissingTensorError(name, "beside the other tensors of its layer", "nothing", MISSING_FILE)
+            raise MissingTensorError(name, "this tensor beside the others of its layer", "none", MISSING_FILE)
         array = self.tensors.pop(suffix)
         if array.shape[: len(self.stack_shape)] != self.stack_shape:
-            expected = f"{self.stack_shape[0]} experts, by num_experts in config.json"
+            expected = f"{self.stack_shape[0]} experts, according to num_experts in config.json"
             raise self.error(suffix, expected, f"the shape {list(array.shape)}")
         if not array.size:
-            raise self.error(suffix, "values", f"none, in the shape {list(self.shape(array))}")
+            raise self.error(suffix, "values", f"none (its shape is {list(self.shape(array))})")
         if ranks and len(self.shape(array)) not in ranks:
             raise self.error(suffix, f"{series(ranks)} dimensions", f"the shape {list(self.shape(array))}")
         if suffix in _INDICES:

@@ -51,7 +51,7 @@ def six_bits_as_e4m3(codes: mx.array, kind: str) -> mx.array:
 
 @functools.cache
 def loaded_e4m3() -> Any:
-    """The dtype that `mlx.core.load` makes of e4m3 here: uint8, before MLX 0.30.6 the values in bfloat16."""
+    """The dtype that `mlx.core.load` makes of e4m3 here: uint8, or the values in bfloat16. Until: MLX 0.30.6."""
     header = b'{"x":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
     file = io.BytesIO(len(header).to_bytes(8, "little") + header + b"\0")
     arrays: Any = mx.load(file, format="safetensors")
@@ -60,7 +60,10 @@ def loaded_e4m3() -> Any:
 
 @functools.cache
 def has_mode(mode: str) -> bool:
-    """Whether this MLX knows a quantization mode, and multiplies by it: 0.30.1 has mxfp8, but its CPU gives zeros."""
+    """Whether this MLX knows a quantization mode, and multiplies by it: 0.30.1 has mxfp8, but its CPU gives zeros.
+
+    Until: MLX 0.30.6.
+    """
     bits, ones = {"mxfp4": (4, 0x22222222), "mxfp8": (8, 0x38383838)}[mode]
     words, scales = mx.full((32, bits), ones, mx.uint32), mx.full((32, 1), 127, mx.uint8)
     try:

@@ -76,9 +76,7 @@ def pattern(field: str, text: str) -> Pattern:
 def _check_length(name: str) -> None:
     if len(name) > _NAME:
         remedy = "No module of this model type has such a name. Is a file of another checkpoint in the folder?"
-        raise CheckpointError(
-            name, "a name that patterns of the description can be held against", "a longer one", remedy
-        )
+        raise CheckpointError(name, f"a name of at most {_NAME} characters", len(name), remedy)
 
 
 @functools.lru_cache(4096)

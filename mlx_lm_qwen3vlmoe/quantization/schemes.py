@@ -137,7 +137,7 @@ def of_each_output(
         expected = [[math.ceil(shape[n] / block[n]) for n in (0, 1)]] if block else [[shape[0], 1], [1]]
         if not block and (strategy := scheme.get("strategy")) in ("channel", "tensor"):
             expected = expected[:1] if strategy == "channel" else expected[1:]
-        what = f"the shape {series(expected)}, by config_groups"
+        what = f"the shape {series(expected)}, according to config_groups"
         raise layer.error(suffix, what, list(layer.shape(scales)))
     high = block[0] if block else 1 if grid[0] == shape[0] else shape[0]
     return spread(scales.reshape(*layer.stack_shape, *grid), -2, shape[0], high, 1)

@@ -106,7 +106,7 @@ class TorchAo(Family):
             raise layer.error("_weight_qdata", "int8 or e4m3", codes.dtype)
         kind = re.search("(Int8|Intx|Float8)Weight", str(_within(config, "_type")))
         if kind and (kind[1] == "Float8") != (codes.dtype != mx.int8):
-            raise layer.error("_weight_qdata", f"{kind[1]}, by quant_type", codes.dtype)
+            raise layer.error("_weight_qdata", f"{kind[1]}, according to quant_type", codes.dtype)
         config = _within(config, "_data")
         if layer.has("_weight_scale"):
             _check_granularity(layer, codes, _within(config, "granularity"))

@@ -102,7 +102,7 @@ class Tuned(Checkpoint):
                     f"{HEAD}.weight",
                     "the embeddings, as the original is tied and has no head of its own",
                     f"other numbers in rows {first} to {last - 1}",
-                    "Tune neither of them (adapters leave both alone).",
+                    "Tune neither the head nor the embeddings (adapters leave both alone).",
                 )
 
 
@@ -135,7 +135,7 @@ class Original(Checkpoint):
             if is_folder or path in self.files:
                 continue
             if not path.is_file():
-                raise CheckpointError(path, "a file", "none", "Is it a broken link? Download it again.")
+                raise CheckpointError(path, "a file", "a broken link", "Download it again.")
             found.append(path)
         return sorted(found)
 
@@ -181,9 +181,9 @@ def _quantized(name: str, what: str) -> CheckpointError:
 
 
 def _not_fused(what: object) -> CheckpointError:
-    return CheckpointError(what, "a model without adapters", "some that are not fused", "Run mlx_lm.fuse first.")
+    return CheckpointError(what, "a model without adapters", "adapters that are not fused", "Run mlx_lm.fuse first.")
 
 
 def _not_by_mlx(folder: Path, what: str) -> CheckpointError:
-    remedy = "Is this the original? The tuned model comes first."
+    remedy = "If this is the original, swap the two: the tuned model comes first."
     return CheckpointError(folder, "a model that mlx_lm.fuse or mlx_lm.convert wrote", what, remedy)

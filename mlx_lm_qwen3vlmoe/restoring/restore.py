@@ -71,11 +71,11 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
 
 def _check_places(tuned: Path, original: Path, out: Path) -> None:
     if tuned.resolve() == original.resolve():
-        remedy = "The original is the checkpoint with the vision tower."
+        remedy = "Use the checkpoint with the vision tower as the original."
         raise CheckpointError(tuned, "a tuned model and its original", "one folder for both", remedy)
     for inner, outer in ((out, tuned), (out, original), (tuned, original)):
         if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
-            raise CheckpointError(inner, f"a folder outside of {outer}", "one in it", "Move it, or choose another.")
+            raise CheckpointError(inner, f"a folder outside of {outer}", "one inside it", "Move it, or choose another.")
 
 
 def _compare(text: Tuned, target: Original) -> None:
@@ -98,8 +98,8 @@ def _compare(text: Tuned, target: Original) -> None:
         with as_stored((text if path in text.layers else target).tensors):
             raise CheckpointError(
                 f"{path}.weight",
-                "in both checkpoints or in neither",
-                f"in {one} and not in {other}",
+                "this tensor in both checkpoints or in neither",
+                f"one in {one} and none in {other}",
                 "Use the original that this model was tuned from.",
             )
 
@@ -108,8 +108,9 @@ def _give_notices(text: Tuned, target: Original) -> None:
     """What the user may not expect."""
     if text.packed:
         logger.warning(
-            "%s is quantized: %d of its layers are dequantized, and keep the precision that they have. For all of it, "
-            "fuse the adapters into the unquantized model (mlx_lm.fuse --model %s --adapter-path …), and restore that.",
+            "%s is quantized: %d of its layers are dequantized, and do not get back the precision that they lost. For "
+            "full precision, fuse the adapters into the unquantized model (mlx_lm.fuse --model %s --adapter-path …) "
+            "and restore the result.",
             text.folder,
             len(text.packed),
             target.folder,
@@ -122,8 +123,8 @@ def _give_notices(text: Tuned, target: Original) -> None:
     }
     for new, old in sorted(pair for pair in dtypes if pair[0] not in ("F32", pair[1])):
         logger.warning(
-            "Tensors in %s come back in the original's %s, as they were rounded when they were converted or fused. "
-            "mlx_lm.convert --dtype keeps a dtype.",
+            "Tensors in %s are written in the original's %s, but were rounded when they were converted or fused. To "
+            "avoid that, convert with mlx_lm.convert --dtype.",
             new,
             old,
         )
@@ -131,12 +132,12 @@ def _give_notices(text: Tuned, target: Original) -> None:
     changed = [field for field in _MEANING if meant[field] != stays[field]]
     if changed:
         logger.warning(
-            "config.json stays the original's, though the tuned model has another %s.", ", ".join(sorted(changed))
+            "config.json is the original's, although the tuned model has another %s.", ", ".join(sorted(changed))
         )
     if any(host_name(name) is None for name in text.tensors):
-        logger.warning("What %s has beside text is left out: the original's vision tensors stay.", text.folder)
+        logger.warning("The vision tensors of %s are left out: the result has the original's.", text.folder)
     if len(target.parts) == len(target.tensors):
-        logger.warning("%s has no vision tensors, and so the restored checkpoint has none.", target.folder)
+        logger.warning("%s has no vision tensors, so the restored checkpoint has none either.", target.folder)
 
 
 def _meaning(value: Any) -> Any:
@@ -174,7 +175,7 @@ def _pieces(name: str, old: FileTensor, part: Part, text: Tuned) -> Iterator[mx.
                 raise CheckpointError(
                     name,
                     f"finite numbers in {old.dtype}",
-                    f"others in {part.layers[0]}.weight of {text.folder}",
+                    f"NaN or infinity in {part.layers[0]}.weight of {text.folder}",
                     f"Did the training diverge, or is a number too large for {old.dtype}?",
                 )
         yield piece

@@ -58,7 +58,7 @@ def as_out_in(array: mx.array) -> mx.array:
 
 
 def takes_global_scale() -> bool:
-    """Whether stacked experts can hold NVFP4's second scale: mlx-lm 0.32.1 and newer, on a GPU."""
+    """Whether stacked experts can hold NVFP4's second scale: on a GPU. Until: mlx-lm 0.32.1."""
     return device() == mx.gpu and "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters
 
 
@@ -79,7 +79,7 @@ def widens(decoder: nn.Module) -> bool:
     | a matrix in float16                  | 36       | 19      | 35      |
 
     `benchmarks/dtypes.py` measures it, and says when float32 is not the fastest any more, as it may be once MLX has
-    AVX2 kernels (https://github.com/ml-explore/mlx/pull/3019): then this function, and what asks it, can go.
+    AVX2 kernels: then this function, and what asks it, can go. Until: MLX #3019.
 
     So packed layers want float32, and floats of 16 bits their own dtype. Experts see to themselves: `cpu.SwitchGLU`.
     """

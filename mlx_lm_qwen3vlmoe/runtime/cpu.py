@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +21,6 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from .backend import device, planning
 from .streams import count, on, side_by_side
 
-logger = logging.getLogger(__name__)
-
 
 def adapt(model: nn.Module) -> None:
     """Prepare a new model's experts for the device."""
@@ -31,6 +28,12 @@ def adapt(model: nn.Module) -> None:
         for module in model.modules():
             if type(module) is switch_layers.SwitchGLU:
                 module.__class__ = SwitchGLU
+
+
+def casts(model: nn.Module) -> bool:
+    """Whether each call casts experts to float32, which takes time."""
+    experts = (m for m in model.modules() if type(m) is SwitchLinear)
+    return device() == mx.cpu and any(module["weight"].dtype != mx.float32 for module in experts)
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -110,7 +113,7 @@ def _cut(layer: Any, rows: slice) -> Any:
 class SwitchGLU(switch_layers.SwitchGLU):
     """The host's experts of one layer, multiplied in float32 on several streams, with results in the dtype of ``x``.
 
-    16-bit weights are cast inside the call, and no copy is kept.
+    16-bit weights are cast inside the call, and no copy is kept. Until: none known.
     """
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -118,7 +121,7 @@ class SwitchGLU(switch_layers.SwitchGLU):
         for n, (name, child) in enumerate(self.items()):
             with on(n):  # each projection is cast on a stream of its own
                 twin[name] = _projection(child, indices.size, self.training)
-        indices = mx.stop_gradient(indices)  # as the host does, before mlx-lm 0.32 in training only
+        indices = mx.stop_gradient(indices)  # Until: mlx-lm 0.32.0. Older ones do so in training only.
         y: mx.array = switch_layers.SwitchGLU.__call__(twin, x.astype(mx.float32), indices)
         return y.astype(x.dtype)
 
@@ -175,8 +178,6 @@ def _chosen(linear: nn.Module, x: mx.array, indices: mx.array, sorted_indices: b
 
 def _in_float32(linear: SwitchLinear, pairs: int, training: bool) -> Callable[..., mx.array]:
     """What multiplies 16-bit experts as `SwitchLinear` does, which MLX does in float32 only."""
-    if not planning():
-        _announce_cast(linear["weight"].dtype)
     weight: mx.array = linear["weight"]
     turned = _turned(weight)
     rows = weight.swapaxes(-1, -2) if turned else weight  # as it lies in memory: a copy in another order is slow
@@ -206,17 +207,8 @@ def _turned(weight: mx.array) -> bool:
         return False
     try:
         buffer: Any = weight.view(mx.uint16)  # which bfloat16 cannot be
-        mx.eval(buffer)  # while a call is traced, `memoryview` fails too late to be caught (MLX 0.31.2 and older)
+        mx.eval(buffer)  # Until: MLX 0.32.4. In older ones, `memoryview` of a traced array fails too late to be caught.
         strides: Any = memoryview(buffer).strides
     except (RuntimeError, ValueError):  # traced by mx.compile: there are no values to lie anywhere
         return False
     return bool(strides[-2] < strides[-1])
-
-
-@functools.cache
-def _announce_cast(dtype: mx.Dtype) -> None:
-    logger.warning(
-        "On the CPU, MLX multiplies unquantized experts in float32 only: they are cast from %s at every use, which "
-        "takes time. Quantized experts (mlx_lm.convert -q) run as they are, and faster.",
-        str(dtype).rpartition(".")[2],
-    )

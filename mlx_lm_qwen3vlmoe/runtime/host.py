@@ -1,13 +1,7 @@
-"""What differs between the releases of mlx-lm that this package runs on, and the release that ends each difference.
+"""What differs between the releases of mlx-lm that this package runs on.
 
-| until  | mlx-lm's                                    | so here                                                  |
-|--------|---------------------------------------------|----------------------------------------------------------|
-| 0.28.3 | ``qwen3_moe`` takes token ids only          | `EMBEDDINGS` is false: `Model` takes no embeddings, and  |
-|        |                                             | does not compute in float32 (see `backend.widens`)       |
-| 0.32.0 | ``qwen3_moe`` stays on one machine          | `SHARD` and `PIPELINE` are false: `Model` has no such    |
-|        |                                             | methods                                                  |
-| 0.32.1 | experts drop the second scale of NVFP4      | `backend.takes_global_scale`: they are decoded           |
-| (none) | ``qwen3_vl_moe`` takes no images            | `takes_images` is false: nothing is hidden by this model |
+Here and elsewhere, a comment ``Until`` names the release or pull request after which a workaround can go, once no older
+one is supported. docs/hosts.md lists them all.
 """
 
 from __future__ import annotations
@@ -28,7 +22,9 @@ from ..errors import HostError
 
 logger = logging.getLogger(__name__)
 
+# Until: mlx-lm 0.28.3. Older ones take token ids only, and so do not compute in float32 (see `backend.widens`).
 EMBEDDINGS = "input_embeddings" in inspect.signature(qwen3_moe.Model.__call__).parameters
+# Until: mlx-lm 0.32.0. Older ones stay on one machine: `Model` has no such methods then.
 SHARD = hasattr(qwen3_moe.Model, "shard")
 PIPELINE = hasattr(getattr(qwen3_moe, "Qwen3MoeModel", None), "pipeline")  # without it, the model says what is missing
 
@@ -76,7 +72,7 @@ def takes_images(model_type: str) -> bool:
     """
     try:
         processors = import_module("mlx_lm.processors").PROCESSORS
-    except Exception:  # mlx-lm before 0.32.2 has none
+    except Exception:  # Until: mlx-lm 0.32.2. Older ones have none.
         processors = ()
     code = registry.hosts_code(model_type)
     names = _names(code) if code else ()

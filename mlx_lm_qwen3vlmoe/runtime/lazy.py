@@ -2,7 +2,7 @@
 
 The host quantizes lazily, and then saves 5 GB with one `mx.eval`. That computes what is furthest from the end first,
 and knows nothing of sizes: as all layers are alike, the floats of all would be made before any of them are packed. Only
-a path from one array to another orders the two. There are two kinds of them here.
+a path from one array to another orders the two. There are two kinds of them here. Until: none known.
 
 **Pieces** (`in_pieces`): a projection of all experts is put together a few experts at a time. Each piece is written
 into the array that has those before it, and so is made after them.

@@ -54,12 +54,11 @@ def check(ranks: int, mode: str, sizes: dict[str, int]) -> None:
         return
     if mode == "tensor":
         culprits = {name: size for name, size in sizes.items() if size % ranks}
-        rule = "a number of ranks that divides"
-        remedy = "Launch one of these numbers, or use a pipeline."
+        rule, remedy = "as the number of ranks has to divide", "Launch that many, or use a pipeline."
     else:
-        culprits, rule, remedy = sizes, "at most one rank for each of", "Launch one of these numbers."
+        culprits, rule, remedy = sizes, "no more than", "Launch that many."
     named = series([f"{name} ({size})" for name, size in culprits.items()], "and")
-    raise CheckpointError(f"{mode} parallelism", f"{rule} {named}, that is {listed(numbers)}", ranks, remedy)
+    raise CheckpointError(f"{mode} parallelism", f"{counted(numbers)}, {rule} {named}", counted([ranks]), remedy)
 
 
 def cut(model: nn.Module, group: Any) -> None:
@@ -70,6 +69,7 @@ def cut(model: nn.Module, group: Any) -> None:
         group: an `mlx.core.distributed.Group`, or anything with its ``rank()`` and ``size()``.
     """
     # The host would cut NVFP4's second scale, which is one number an expert, but every rank has a part of all experts.
+    # Until: none known.
     with without_global_scales(model):
         model.shard(group)
 
@@ -85,6 +85,11 @@ def without_global_scales(model: nn.Module) -> Iterator[None]:
     finally:
         for module, scale in scales:
             module.global_scale = scale
+
+
+def counted(numbers: list[int]) -> str:
+    """``1 or 2 ranks``."""
+    return f"{listed(numbers)} {'rank' if numbers == [1] else 'ranks'}"
 
 
 def listed(numbers: list[int]) -> str:

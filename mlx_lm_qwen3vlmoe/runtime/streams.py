@@ -42,8 +42,8 @@ def side_by_side(product: Callable[[slice], mx.array], size: int, work: int, axi
 def count() -> int:
     """How many streams there are to compute on: one on a GPU, and where arrays have no values.
 
-    And one before MLX 0.31.2, in which threads share streams, and the stream in force: several that compute at a time
-    would get wrong numbers.
+    And one in older MLX, in which threads share streams, and the stream in force: several that compute at a time would
+    get wrong numbers. Until: MLX 0.31.2.
     """
     return _cores() if hasattr(mx, "new_thread_local_stream") and device() == mx.cpu and not planning() else 1
 

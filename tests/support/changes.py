@@ -89,7 +89,7 @@ def scheme(**fields):
 
 
 ONE = bfloat16(np.ones(1))
-FOUND_TWO = "found two"
+FOUND_BOTH = "found both"
 MORE_LAYOUTS = "found more than one"
 UP, Q = f"{EXPERT}.up_proj", f"{LAYERS}.0.self_attn.q_proj"
 

@@ -19,7 +19,9 @@ from .commands import CLEAN, run, started
 
 DOCUMENTS = {file.name: file for folder in (ROOT, ROOT / "docs") for file in sorted(folder.glob("*.md"))}
 QUESTION = "What is this package?"
-# What is not run from here, and why: the beginning of a command → who does it.
+# How each command in the documents is checked. One that is in neither table is run as it is printed: here in the order
+# of its document or, if it is in SLOW, by slow/test_docs_slow.py.
+# 1. Done by another file: the beginning of a command → who does it.
 LISTED = {
     "pip ": "tests/slow/test_install.py",  # needs PyPI, and environments of its own; in plugins.md: test_plugins.py
     "uv ": "tests/slow/test_install.py",
@@ -31,12 +33,18 @@ LISTED = {
     "python make_tiny.py": "tests/test_plugins.py",
     "mlx_lm.generate --model tiny-random": "tests/test_plugins.py",
     "mlx_lm.convert --hf-path tiny-random": "tests/test_plugins.py",
-    ".venv/bin/python -m pytest ": "Makefile",  # the tests themselves
-    ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
-    "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     "mlx_vlm.generate --model tuned ": "tests/slow/test_restore_slow.py",  # needs mlx-vlm
     'python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
     'MLX_LM_PLUGINS=0 python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
+}
+# 2. Not run as printed: only its options are looked up in the --help of its program. Document and program → why.
+PARSED = {
+    ("README.md", "mlx_lm.lora"): "its defaults train 16 layers 1000 times; fine-tuning.md has commands that run",
+    ("README.md", "mlx_lm.fuse"): "needs what the commands before it would have written",
+    ("README.md", "mlx-lm-qwen3vlmoe restore"): "the same",
+    ("CONTRIBUTING.md", ".venv/bin/python -m pytest"): "these are the tests themselves",
+    ("benchmarks.md", ".venv/bin/python benchmarks/run.py"): "takes long; `make bench` runs it with other options",
+    ("distributed.md", "mlx.distributed_config"): "needs two Macs",
 }
 PYTHON_LISTED = {
     "plugins.md": "tests/test_plugins.py",
@@ -47,13 +55,16 @@ SLOW = {  # documents, and the beginnings of their commands that slow/test_docs_
     "commands.md": ("mlx_lm.",),
     "distributed.md": ("mlx.launch ", "launch"),
 }
-# What is added where a command would take long, or take a port that is in use.
-SHORTER = {
-    "mlx_lm.lora": "--iters 2 --batch-size 1 --num-layers 1 --val-batches 1",
-    "mlx_lm.generate": "--max-tokens 12 --temp 0",
-    "run generate": "--max-tokens 12 --temp 0",
-    "mlx_lm.chat": "--max-tokens 12 --temp 0",
+# The names of models and paths that are replaced. Nothing else of a command is changed or added, but that a server gets
+# a free port, and that the launches in distributed.md get the folder, port and address of this machine.
+NAMES = {
+    **dict.fromkeys(("model", "MODEL", "Qwen/Qwen3-VL-30B-A3B-Instruct"), TINY),
+    "mlx-community/Qwen3-VL-30B-A3B-Instruct-4bit": TINY,
+    "peft-adapter": ROOT / "tests" / "adapters" / "fixtures" / "tiny_answer",
+    "examples": ROOT / "examples",
 }
+THINKING = "Qwen/Qwen3-VL-30B-A3B-Thinking"
+DATA = ("data", "my-data")  # folders of chats
 LEFT_OUT = f"--model qwen3-vl-30b-4bit --prompt '{QUESTION}'"  # what a … in a command stands for
 
 
@@ -83,6 +94,16 @@ def is_slow(document: str, command: str) -> bool:
     return document in SLOW and command.startswith(SLOW[document])
 
 
+def is_listed(command: str) -> bool:
+    return command.startswith(tuple(LISTED))
+
+
+def parsed_by(document: str, command: str) -> str | None:
+    """The program of a command that is not run as it is printed."""
+    words = " ".join(command.split())
+    return next((program for name, program in PARSED if name == document and words.startswith(f"{program} ")), None)
+
+
 def is_definition(command: str) -> bool:
     """A variable or function for the commands after it."""
     return re.match(r"\w+\(\) *\{|\w+=\S*$", command) is not None
@@ -96,20 +117,17 @@ def steps(document: str) -> list[tuple[str, str]]:
             found += [(language, command) for command in commands(content)]
         elif language == "python" and document not in PYTHON_LISTED:
             found.append((language, content))
-    return [(language, text) for language, text in found if not text.startswith(tuple(LISTED))]
+    return [(language, text) for language, text in found if not is_listed(text) and not parsed_by(document, text)]
 
 
 def folder_for(path: Path, questions: list[dict[str, str]]) -> Path:
     """A folder in which the names that documents use for models and data exist."""
     path.mkdir()
-    (path / "examples").symlink_to(ROOT / "examples")
-    for name in ("Qwen", "mlx-community"):
-        (path / name).mkdir()
-    for name in ("model", "MODEL", "Qwen/Qwen3-VL-30B-A3B-Instruct", "mlx-community/Qwen3-VL-30B-A3B-Instruct-4bit"):
-        (path / name).symlink_to(TINY)
-    (path / "peft-adapter").symlink_to(ROOT / "tests" / "adapters" / "fixtures" / "tiny_answer")
-    thinking_model(path / "Qwen" / "Qwen3-VL-30B-A3B-Thinking")
-    for name in ("data", "my-data"):
+    for name, target in NAMES.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).symlink_to(target)
+    thinking_model(path / THINKING)
+    for name in DATA:
         (path / name).mkdir()
         chats = [
             [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["answer"]}]
@@ -132,9 +150,6 @@ def run_step(language: str, text: str, folder: Path, questions: list[dict[str, s
         asked = [pair["question"] for pair in questions]
         return run(sys.executable, "-c", f"questions = {asked!r}\n{text}", **options).stdout
     text = text.replace("…", LEFT_OUT)
-    for name, added in SHORTER.items():
-        if name in text and added.split()[0] not in text:
-            text += f" {added}"
     if "mlx_lm.server" in text:
         return asked_server(text, folder)
     if "mlx_lm.chat" in text:
