@@ -52,7 +52,7 @@ $(VENV)/%.stamp: pyproject.toml $(wildcard startup/*)
 	$(BIN)/python -m pip install $$quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
-# Mutants of every fixture: right numbers, or one error. See docs/fuzzing.md.
+# Mutants of every fixture: right numbers, or one error. See CONTRIBUTING.md.
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 

@@ -43,7 +43,6 @@ RUN = [name for name in DOCUMENTS if any(not is_slow(name, text) for _, text in 
 LONG = [
     "README.md",
     "fine-tuning.md",
-    "adapters.md",
 ]  # they train, as do test_commands.py and test_adapters_commands.py
 
 

@@ -1,4 +1,4 @@
-"""Mutants of every fixture: right numbers, or one error. ``python tests/fuzz/run.py``; see docs/fuzzing.md.
+"""Mutants of every fixture: right numbers, or one error. ``python tests/fuzz/run.py``; see CONTRIBUTING.md.
 
 The exit status is 1 after any failure: other numbers without a word, an exception that is not a `CheckpointError`, a
 process that dies, hangs or takes too much memory.

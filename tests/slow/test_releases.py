@@ -39,7 +39,7 @@ def environment_with(path: Path, wheel: Path) -> Environment:
 
 @pytest.fixture(params=["pip", "uv"])
 def install(request, wheel, tmp_path):
-    """Run `install` of docs/upgrading.md in an environment of its own, from an index with both releases."""
+    """Run `install` of docs/hosts.md in an environment of its own, from an index with both releases."""
     index = tmp_path / "index"
     index.mkdir()
     for each in (OLD, wheel):
