@@ -65,7 +65,7 @@ NAMES = {
 }
 THINKING = "Qwen/Qwen3-VL-30B-A3B-Thinking"
 DATA = ("data", "my-data")  # folders of chats
-LEFT_OUT = f"--model qwen3-vl-30b-4bit --prompt '{QUESTION}'"  # what a … in a command stands for
+LEFT_OUT = f"--model converted --prompt '{QUESTION}'"  # what a … in a command stands for; mlx-lm alone loads it, too
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
@@ -149,6 +149,8 @@ def run_step(language: str, text: str, folder: Path, questions: list[dict[str, s
     if language == "python":
         asked = [pair["question"] for pair in questions]
         return run(sys.executable, "-c", f"questions = {asked!r}\n{text}", **options).stdout
+    if "…" in text and not (folder / "converted").exists():
+        run(BIN / "mlx_lm.convert", "--hf-path", TINY, "--mlx-path", folder / "converted", "-q")
     text = text.replace("…", LEFT_OUT)
     if "mlx_lm.server" in text:
         return asked_server(text, folder)
