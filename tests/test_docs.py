@@ -40,10 +40,7 @@ BIN = Path(sys.executable).parent
 RUN = [name for name in DOCUMENTS if any(not is_slow(name, text) for _, text in steps(name))]
 
 
-LONG = [
-    "README.md",
-    "fine-tuning.md",
-]  # they train, as do test_commands.py and test_adapters_commands.py
+LONG = [name for name in RUN if any("--train" in text for _, text in steps(name))]  # as does test_commands.py
 
 
 @pytest.mark.parametrize("document", [name for name in RUN if name not in LONG] + thorough(*LONG))
