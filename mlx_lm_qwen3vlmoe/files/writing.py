@@ -21,6 +21,12 @@ def check_empty(out: Path) -> None:
         raise CheckpointError(out, "nothing, or an empty folder", "files", "Choose another --save-path.")
 
 
+def check_outside(inner: Path, outer: Path) -> None:
+    """Raise `CheckpointError` for a folder that is, or is in, another one."""
+    if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
+        raise CheckpointError(inner, f"a folder outside of {outer}", "one in it", "Move it, or choose another.")
+
+
 def no_space(out: Path, size: int, free: int) -> CheckpointError:
     remedy = "Free some, or choose another --save-path."
     return CheckpointError(out, f"{size / 1e9:.3f} GB of free space", f"{free / 1e9:.3f} GB", remedy)
