@@ -11,14 +11,16 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SETTLED = {"num_local_experts", "rope_parameters", "rope_scaling", "per_layer_config"}  # of which nothing is left
 
 
-def plain_config(config: dict[str, Any], dtype: str, tied: bool, yarn: dict[str, Any] | None) -> dict[str, Any]:
-    """All at the top, by the names that transformers 4.51 to 5 and the host read.
+def plain_config(
+    config: dict[str, Any], text: dict[str, Any], dtype: str, tied: bool, yarn: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All at the top, by the names that transformers 4.57, 5 and the host read.
 
     Args:
-        config: of a loaded model.
-        yarn: as `yarn_of`; without it, the lengths are those of the original.
+        config: as it is stored, for the ids of tokens.
+        text: the normalized text config.
+        yarn: as `yarn_of`; without it, the context has the original length.
     """
-    text: dict[str, Any] = config["text_config"]
     plain = {field: text[field] for field in sorted(TEXT_FIELDS - _SETTLED) if field in text}
     plain |= {field: value for field in _IDS if (value := config.get(field, text.get(field))) is not None}
     if yarn is None and (dropped := yarn_of(text)):

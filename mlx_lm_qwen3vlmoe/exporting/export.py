@@ -13,23 +13,23 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..files.headers import read_any_config, read_config, whole_folder
+from ..files.headers import AGAIN, read_any_config, read_config, whole_folder
 from ..files.reading import read_json
-from ..files.saving import Saved, save_json, save_shards
-from ..files.tensors import copy_bytes
-from ..files.writing import check_empty, check_outside, new_folder, sync
+from ..files.saving import Saved, copy_file, save_json, save_shards
+from ..files.tensors import row_ranges
+from ..files.writing import check_empty, check_outside, new_folder
 from ..layouts.names import EMBEDDINGS
 from ..layouts.stacking import Part
+from ..restoring.checkpoints import check_is_file
 from .config import TYPE, plain_config, plain_quantization, yarn_of
 from .sources import Loaded, Source, open_source
 
 logger = logging.getLogger(__name__)
 
 _ALONG = (  # files of a text model, and its license
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("chat_template.*", "generation_config.json", "LICENSE*"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.*", "generation_config.json", "LICENSE*"),
 )
-_TOKENIZER = "tokenizer_config.json"
 
 
 def export(checkpoint: str, save_path: str, dequantize: bool = False, drop_yarn: bool = False) -> str:
@@ -51,7 +51,6 @@ def export(checkpoint: str, save_path: str, dequantize: bool = False, drop_yarn:
     out = Path(save_path)
     check_empty(out)  # before anything is downloaded
     folder = whole_folder(checkpoint, _check_type)
-    _check_type(folder, checkpoint)
     check_outside(out, folder)
     source = open_source(folder)
     if isinstance(source, Loaded):
@@ -65,7 +64,7 @@ def export(checkpoint: str, save_path: str, dequantize: bool = False, drop_yarn:
         _tell_of_yarn(folder, yarn, packed)
     tensors = dict(_as_packed(source) if isinstance(source, Loaded) and packed else _as_floats(source))
     dtype = str(source.dtype(EMBEDDINGS)).removeprefix("mlx.core.")
-    config = plain_config(source.loaded_config, dtype, source.tied, yarn)
+    config = plain_config(source.config, source.text_config, dtype, source.tied, yarn)
     if packed:
         config["quantization"] = plain_quantization(source.loaded_config["quantization"])
         config["quantization_config"] = config["quantization"]  # as mlx-lm saves it
@@ -90,13 +89,13 @@ def _tell_of_yarn(folder: Path, yarn: dict[str, object], packed: bool) -> None:
     if packed:
         raise CheckpointError(
             f"{folder}: config.json: rope_scaling",
-            f"no YaRN, as mlx-lm's {TYPE} ignores it, and nothing else reads packed weights",
+            f"plain RoPE for packed weights, as mlx-lm's {TYPE} ignores YaRN",
             "YaRN",
             f"Load this checkpoint as it is, or export it with --drop-yarn for contexts of up to {length} tokens.",
         )
     logger.warning(
-        "config.json keeps YaRN, which transformers and vLLM apply. mlx-lm's %s ignores it, and so is right only with "
-        "--drop-yarn, for contexts of up to %s tokens.",
+        "The exported config.json keeps YaRN, which transformers applies and mlx-lm's %s ignores: for mlx-lm, export "
+        "with --drop-yarn, for contexts of up to %s tokens.",
         TYPE,
         length,
     )
@@ -118,11 +117,12 @@ def _as_packed(source: Loaded) -> Iterator[tuple[str, Saved]]:
     """What the host saves, by the names of a text model."""
     for path, tensors in source.weights.items():
         for suffix, array in tensors.items():
-            yield _name(path, suffix), Saved(array.dtype, array.shape, partial(_array, source, path, suffix))
+            yield _name(path, suffix), Saved(array.dtype, array.shape, partial(_rows, source, path, suffix))
 
 
-def _array(source: Loaded, path: str, suffix: str) -> list[mx.array]:
-    return [source.take(path)[suffix]]
+def _rows(source: Loaded, path: str, suffix: str) -> Iterator[mx.array]:
+    array = source.take(path)[suffix].reshape(-1)
+    return (array[first:last] for first, last in row_ranges(array.size, array.nbytes))
 
 
 def _name(path: str, suffix: str) -> str:
@@ -132,12 +132,16 @@ def _name(path: str, suffix: str) -> str:
 def _copy_along(folder: Path, out: Path) -> None:
     """The tokenizer with its chat template, and how to generate; nothing of images."""
     for file in sorted(folder.iterdir()):
-        if file.name == _TOKENIZER:
-            tokenizer = read_json(file)
-            tokenizer.pop("processor_class", None)  # of a processor that is not there
-            save_json(out / _TOKENIZER, tokenizer)
-        elif any(fnmatchcase(file.name, pattern) for pattern in _ALONG):
-            with file.open("rb") as source, (out / file.name).open("wb") as copied:
-                for _ in copy_bytes(source, copied, file.stat().st_size):
-                    pass
-                sync(copied)
+        if not any(fnmatchcase(file.name, pattern) for pattern in _ALONG):
+            continue
+        check_is_file(file)
+        for _ in copy_file(file, out / file.name):
+            pass
+    tokenizer = out / "tokenizer_config.json"
+    if tokenizer.exists():
+        try:
+            fields = dict(read_json(tokenizer))
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(folder / tokenizer.name, "a JSON object", f"what cannot be read ({e})", AGAIN) from e
+        fields.pop("processor_class", None)  # of a processor that is not there
+        save_json(tokenizer, fields)

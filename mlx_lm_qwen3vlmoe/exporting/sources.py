@@ -101,7 +101,7 @@ class Floats(Source):
                 return Decoder({}, {}, self.text_config)(path, _whole(tensors)).tensors["weight"][first:last]
         return tensors["weight"].rows(first, last)
 
-    def _of_experts(self, stored: Experts, first: int, last: int) -> dict[str, mx.array]:
+    def _of_experts(self, stored: Any, first: int, last: int) -> dict[str, mx.array]:
         """gate, up and down of some experts, as if a layer had no others."""
         some, sizes = Experts(stored.mlp), self.text_config | {"num_experts": last - first}
         for name, tensors in stored.fused.items():
@@ -148,7 +148,7 @@ class Loaded(Source):
                     raise CheckpointError(
                         f"{path}.weight",
                         "floats, or a quantization that MLX has a format for",
-                        "another one, which loads as floats",
+                        "another one, which loads as floats here",
                         "Run mlx_lm.convert -q first and export what it wrote, or export with --dequantize.",
                     )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .headers import INDEX
-from .tensors import DTYPES
+from .tensors import DTYPES, copy_bytes
 from .writing import sync
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -76,6 +76,13 @@ def save_shards(folder: Path, tensors: dict[str, Saved], made_with: str) -> Iter
     total = sum(tensor.size for tensor in tensors.values())
     places = {name: file for file, shard in files.items() for name in shard}
     save_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def copy_file(file: Path, target: Path) -> Iterator[int]:
+    """Copy a file; yields the bytes copied at a time."""
+    with file.open("rb") as source, target.open("wb") as copied:
+        yield from copy_bytes(source, copied, file.stat().st_size)
+        sync(copied)
 
 
 def save_json(file: Path, value: dict[str, Any]) -> None:

@@ -155,8 +155,7 @@ class Original(Checkpoint):
                 raise CheckpointError(self.folder, f"at most {_MOST} files and folders", "more", remedy)
             if is_folder or path in self.files:
                 continue
-            if not path.is_file():
-                raise CheckpointError(path, "a file", "none", "Is it a broken link? Download it again.")
+            check_is_file(path)
             found.append(path)
         return sorted(found)
 
@@ -191,6 +190,11 @@ def _quantized(name: str, what: str) -> CheckpointError:
     which = f": Qwen/{official[0]}" if official else ""
     remedy = f"Use the original that it was made from{which}."
     return CheckpointError(name, "an unquantized original", what, remedy)
+
+
+def check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(path, "a file", "none", "Is it a broken link? Download it again.")
 
 
 def check_fused(folder: Path, tensors: Iterable[str]) -> None:

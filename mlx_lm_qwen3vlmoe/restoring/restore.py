@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..config import SIZES
 from ..errors import CheckpointError
 from ..files.headers import whole_folder
+from ..files.saving import copy_file
 from ..files.tensors import FileTensor, all_finite, copy_bytes
 from ..files.writing import check_empty, check_outside, new_folder, sync
 from ..layouts.names import HEAD, as_stored, host_name
@@ -63,10 +64,8 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
         for file in sorted(others, key=lambda path: path.name == "config.json"):  # without it, nothing loads
             path = out / file.relative_to(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("rb") as source, path.open("wb") as copied:
-                for done in copy_bytes(source, copied, file.stat().st_size):
-                    bar.update(done)
-                sync(copied)
+            for done in copy_file(file, path):
+                bar.update(done)
     return {"text": len(target.parts), "others": len(target.tensors) - len(target.parts)}
 
 
