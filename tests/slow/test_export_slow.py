@@ -17,6 +17,7 @@ import pytest
 from mlx_lm.utils import load
 from support import FIXTURES, TINY
 from support.commands import run
+from support.documents import blocks
 from support.hollow import AWQ, MIDDLING, MLX, awq, bf16, mlx, swapped, tensors, write, write_config
 from support.tuned import converted
 
@@ -84,6 +85,16 @@ def test_transformers_gives_the_golden_logits_in_every_layout(version, torch, tm
     found = json.loads(run(python, "-c", IN_TRANSFORMERS, tmp_path, *names, env=environment).stdout)
     assert found.keys() == set(names)
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.23.0"])
+def test_the_program_in_the_docs_prints_the_answer(version, torch, tiny_questions, tmp_path):
+    ((_, program),) = [block for block in blocks("other-tools.md") if block[0] == "python"]
+    export(str(TINY), str(tmp_path / "text-model"))
+    python, environment = torch[version]
+    answer = run(python, "-c", program, cwd=tmp_path, env=environment).stdout.strip()
+    assert tiny_questions[0]["question"] in program
+    assert answer == tiny_questions[0]["answer"]
 
 
 @pytest.fixture(scope="module")

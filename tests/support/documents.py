@@ -35,6 +35,7 @@ LISTED = {
     ".venv/bin/python benchmarks/run.py ": "Makefile",  # make bench runs it with other options
     "mlx.distributed_config ": "docs/distributed.md",  # needs two real Macs
     "mlx_vlm.generate --model tuned ": "tests/slow/test_restore_slow.py",  # needs mlx-vlm
+    "python llama.cpp/convert_hf_to_gguf.py ": "tests/slow/test_export_slow.py",  # needs llama.cpp and torch
     'python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
     'MLX_LM_PLUGINS=0 python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
 }
@@ -42,6 +43,7 @@ PYTHON_LISTED = {
     "plugins.md": "tests/test_plugins.py",
     "serving.md": "tests/test_serving.py",
     "fine-tuning.md": "tests/slow/test_restore_slow.py",
+    "other-tools.md": "tests/slow/test_export_slow.py",
 }
 SLOW = {  # documents, and the beginnings of their commands that slow/test_docs_slow.py runs
     "commands.md": ("mlx_lm.",),
