@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save_config, save_model
 from support import FIXTURES, QUANTIZED, TINY, thorough
-from support.checkpoints import TOLERANCE, Checkpoint, bfloat16
+from support.checkpoints import TOLERANCE, Checkpoint, bfloat16, split
 from support.commands import UNCHANGED, run
 from support.hub import Hub, serving_hub
 from support.tuned import converted, files, weights_of
@@ -123,12 +124,16 @@ def test_a_tensor_is_written_some_rows_at_a_time_and_a_checkpoint_in_shards(at_o
     monkeypatch.setattr("mlx_lm_qwen3vlmoe.files.saving._SHARD", 50_000)
     export(str(FIXTURES / "official"), str(tmp_path / "out"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    found = {}
+    found, written = {}, []
     for file in sorted(set(index["weight_map"].values())):
         tensors = mx.load(str(tmp_path / "out" / file))
+        written += split((tmp_path / "out" / file).read_bytes())[0]
         assert sum(array.nbytes for array in tensors.values()) <= 50_000
         assert all(index["weight_map"][name] == file for name in tensors)
         found |= tensors
+    order = [re.search(r"layers\.(\d+)\.", name) for name in written]
+    numbers = [int(match[1]) for match in order if match]
+    assert numbers == sorted(numbers)  # one layer after the other
     whole = weights_of(tmp_path / "whole")
     assert found.keys() == whole.keys() == index["weight_map"].keys()
     assert all(mx.array_equal(found[name], whole[name]) for name in whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from ..layouts.stacking import PROJECTIONS, Part, float_shape, unstack
 from ..quantization import IGNORED, Decoded, Tensors
 from ..restoring.checkpoints import Checkpoint, check_fused
 from ..sanitize import by_layer, rename
-
-logger = logging.getLogger(__name__)
 
 Stored = dict[str, dict[str, Any]]  # path → suffix → tensor of a file
 
@@ -53,14 +50,20 @@ class Source(Checkpoint):
 
     def parts(self) -> dict[str, Part]:
         """The layers of a text model, an expert each, by their paths: what of the host's they are made of."""
-        sizes, parts = self.text_config, {}
+        sizes = self.text_config
+        parts: dict[str, Part] = {}
         for path in self.weights:
             mlp, stacked, projection = path.partition(".switch_mlp.")
             if not stacked:
                 parts[path] = Part((path,))
             elif projection == PROJECTIONS[0]:
-                parts |= unstack(mlp, {each: self.shape(f"{mlp}.switch_mlp.{each}") for each in PROJECTIONS}, sizes)
+                shapes = {each: self.shape(f"{mlp}.switch_mlp.{each}") for each in PROJECTIONS}
+                parts |= sorted(unstack(mlp, shapes, sizes).items(), key=self.order)
         return parts
+
+    def order(self, part: tuple[str, Part]) -> int:
+        """What parts of the experts of a layer are written in the order of: one projection after the other."""
+        return 0
 
     def shape(self, path: str) -> tuple[int, ...]:
         """The shape of a layer's weight as floats."""
@@ -83,9 +86,9 @@ class Floats(Source):
         self._merged = {part: path for path in self._others for part in parts_of(path)}
         self._last: tuple[tuple[str, int, int], dict[str, mx.array]] = (("", 0, 0), {})
 
-    def parts(self) -> dict[str, Part]:
-        """An expert's projections one after the other, as files may have them in one tensor."""
-        return dict(sorted(super().parts().items(), key=lambda item: item[1].row or 0))
+    def order(self, part: tuple[str, Part]) -> int:
+        """One expert after the other, as files may have its projections in one tensor."""
+        return part[1].row or 0
 
     def rows(self, path: str, first: int, last: int) -> mx.array:
         mlp, stacked, projection = path.partition(".switch_mlp.")
