@@ -39,7 +39,7 @@ def _main(arguments: list[str] | None) -> None:
     where = Path(__file__).parent
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__} from {where}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_inspect, _doctor, _run, _restore, _adapters):
+    for add in (_inspect, _doctor, _run, _restore, _export, _adapters):
         add(commands)
     parsed = parser.parse_args(arguments)
     parsed.do(parsed)
@@ -157,6 +157,34 @@ def _restore(commands: Any) -> None:
             sys.exit(printable(e))
         done = f"{counts['text']} tensors from the tuned model, {counts['others']} from the original"
         say(printable(f"Wrote {parsed.save_path}: {done}"))
+
+    parser.set_defaults(do=do)
+
+
+def _export(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "export",
+        "write the text model alone, as qwen3_moe, for tools that do not know Qwen3-VL-MoE",
+        "export Qwen/Qwen3-VL-30B-A3B-Instruct --save-path text-model",
+        "0 if it is written, 1 if not, with the reason",
+    )
+    parser.add_argument("checkpoint", help="a folder, or a repository on the hub")
+    parser.add_argument("--save-path", required=True, help="a new folder for the text model")
+    parser.add_argument("--dequantize", action="store_true", help="write floats, also of a quantized checkpoint")
+    parser.add_argument(
+        "--drop-yarn", action="store_true", help="leave YaRN out, for contexts within the original length"
+    )
+
+    def do(parsed: argparse.Namespace) -> None:
+        _need_mlx_lm()
+        from .exporting.export import export
+
+        try:
+            done = export(parsed.checkpoint, parsed.save_path, parsed.dequantize, parsed.drop_yarn)
+        except (CheckpointError, OSError) as e:
+            sys.exit(printable(e))
+        say(printable(done))
 
     parser.set_defaults(do=do)
 

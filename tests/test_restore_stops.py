@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import LIMIT
-from support.commands import CLEAN, run
+from support.stops import halfway, on_a_full_disk
 from support.tuned import pair_in, refusal
 
 THOROUGH = pytest.mark.thorough
@@ -21,34 +20,8 @@ def pair(tmp_path) -> tuple[Path, Path]:
     return pair_in(tmp_path)
 
 
-HALFWAY = """
-import signal, sys, time
-from mlx_lm_qwen3vlmoe import __main__
-from mlx_lm_qwen3vlmoe.restoring import restore
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever runs the tests may ignore them
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-write = restore._write
-def slowly(*arguments):
-    for number, done in enumerate(write(*arguments)):
-        if number == 30:
-            print("half", flush=True)
-            time.sleep(300)
-        yield done
-restore._write = slowly
-__main__.main(["restore", *sys.argv[1:]])
-"""
-
-
-def halfway(*arguments: object) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HALFWAY, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=CLEAN,
-    )
-    assert process.stdout.readline() == "half\n"
-    return process
+def begun(*arguments: object) -> subprocess.Popen:
+    return halfway("restoring.restore:_write", 30, "restore", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +33,7 @@ def halfway(*arguments: object) -> subprocess.Popen:
     ],
 )
 def test_a_stop_leaves_nothing(number, status, pair, tmp_path):
-    process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    process = begun(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     assert (tmp_path / "out.unfinished" / "model.safetensors").exists()
     process.send_signal(number)
     _, errors = process.communicate(timeout=LIMIT)
@@ -70,7 +43,7 @@ def test_a_stop_leaves_nothing(number, status, pair, tmp_path):
 
 
 def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(pair, tmp_path):
-    process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    process = begun(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     process.kill()
     process.communicate(timeout=LIMIT)
     assert not (tmp_path / "out").exists()
@@ -80,7 +53,7 @@ def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(pai
 
 
 def test_two_runs_at_a_time_do_not_mix(pair, tmp_path):
-    process = halfway(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
+    process = begun(pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
     try:
         assert "another run is writing" in refusal(*pair, tmp_path / "out")
     finally:
@@ -95,15 +68,6 @@ def test_a_disk_without_room_is_said_before_anything_is_written(pair, tmp_path, 
 
 
 def test_a_disk_that_becomes_full_leaves_nothing(pair, tmp_path):
-    """The limit on the size of files stands for it: the same error of the same call."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from mlx_lm_qwen3vlmoe import __main__\n"
-        "__main__.main(['restore', *sys.argv[1:]])"
-    )
     arguments = (pair[0], "--original", pair[1], "--save-path", tmp_path / "out")
-    done = run(sys.executable, "-c", code, *arguments, check=False)
-    assert done.returncode == 1
-    assert "File too large" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert "File too large" in on_a_full_disk("restore", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "tuned"]

@@ -9,7 +9,9 @@ import openai
 import pytest
 from support import BIN, HOST, ROOT, TINY
 from support.checkpoints import thinking_model
-from support.commands import run, serving
+from support.commands import UNCHANGED, run, serving
+
+from mlx_lm_qwen3vlmoe.exporting.export import export
 
 SPOKEN = json.loads((ROOT / "examples" / "tiny_dialogues.json").read_text())
 TOOLS = SPOKEN["tools"]
@@ -130,6 +132,17 @@ def test_thoughts_stream_before_the_answer(thinking):
 
 def test_a_thinking_model_calls_a_tool_and_goes_on_from_its_thought(thinking, stream):
     assert_said(Chat(thinking, stream).ask(EXPERTS, TOOLS), EXPERTS, True)
+
+
+@pytest.mark.thorough
+def test_an_exported_model_thinks_and_calls_a_tool_in_bare_mlx_lm(tmp_path):
+    """In float32, as bare mlx-lm has no products of experts in 16 bits on the CPU."""
+    arguments = ("--hf-path", thinking_model(tmp_path / "model"), "--mlx-path", tmp_path / "float32")
+    run(BIN / "mlx_lm.convert", *arguments, "--dtype", "float32")
+    export(str(tmp_path / "float32"), str(tmp_path / "text-model"))
+    with serving(tmp_path / "text-model", tmp_path / "log", env=UNCHANGED) as url:
+        assert_said(Chat(url, stream=False).ask(EXPERTS, TOOLS), EXPERTS, True)
+        assert_said(Chat(url, stream=True).ask("Is the host changed?"), "Is the host changed?", True)
 
 
 def test_arguments_of_a_template_come_with_a_request(instruct):

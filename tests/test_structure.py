@@ -21,6 +21,7 @@ FLOORS = (  # from the ground: a folder, or a module of the root, imports from t
     ("model",),
     ("adapters", "inspection"),
     ("restoring",),
+    ("exporting",),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import mlx.core as mx
 from ..errors import CheckpointError, shown
 from ..files.headers import read_header
 from ..files.reading import read_json
-from ..files.writing import no_space, sync
+from ..files.saving import Saved, save, save_json
+from ..files.writing import no_space
 
 CONFIG = "adapter_config.json"
-_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def broken(where: object, expected: str, found: object) -> CheckpointError:
@@ -77,21 +78,14 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
 
 def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
     """Write both files of an adapter, and empty ``tensors`` meanwhile: one is in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for path, array in tensors.items():
-        start, end = end, end + array.nbytes
-        header[path] = {"dtype": _DTYPES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that numbers are aligned
-    if (free := shutil.disk_usage(folder).free) < end:
-        raise no_space(folder.parent, end, free)
-    with (folder / name).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for path in list(tensors):
-            plain: Any = mx.contiguous(tensors.pop(path).flatten()).view(mx.uint8)  # bfloat16 is no type of Python's
-            file.write(memoryview(plain))
-        sync(file)
-    with (folder / CONFIG).open("wb") as file:
-        file.write(json.dumps(config, indent=2).encode() + b"\n")
-        sync(file)
+    saved = {path: Saved(array.dtype, array.shape, partial(_taken, tensors, path)) for path, array in tensors.items()}
+    size = sum(tensor.size for tensor in saved.values())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise no_space(folder.parent, size, free)
+    for _ in save(folder / name, saved, "pt"):
+        pass
+    save_json(folder / CONFIG, config)
+
+
+def _taken(tensors: dict[str, mx.array], path: str) -> list[mx.array]:
+    return [tensors.pop(path)]

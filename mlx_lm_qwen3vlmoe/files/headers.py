@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,18 @@ def _hub_headers(repository: str, notes: list[str]) -> tuple[Path, dict[str, Hea
     return folder, headers, sorted(names)
 
 
+def whole_folder(checkpoint: str, check: Callable[[Path, str], Any]) -> Path:
+    """Where a checkpoint is, or has been downloaded to.
+
+    Args:
+        checkpoint: a folder, or a repository on the hub.
+        check: takes the folder of the config, and the name; raises for what is not worth downloading the rest of.
+    """
+    folder = Path(checkpoint)
+    check(folder if folder.is_dir() else hub_folder(checkpoint, CONFIGS), checkpoint)
+    return folder if folder.is_dir() else hub_folder(checkpoint)
+
+
 def hub_folder(repository: str, names: list[str] | None = None) -> Path:
     """Files of a repository, or all of them, which are downloaded unless the cache has them."""
     from huggingface_hub import snapshot_download
@@ -180,6 +192,20 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The config as the host reads it, of a type of this package; errors have the name of the checkpoint."""
+    config = read_any_config(folder, name)
+    found = config.get("model_type") if isinstance(config, dict) else config
+    if not isinstance(found, str) or found not in MODEL_TYPES:
+        if own_module(found, config.get("architectures") if isinstance(config, dict) else None):
+            raise CheckpointError(
+                f"{name}: mlx-lm has its own model for {found}. Load it with mlx_lm: this command is not needed."
+            )
+        remedy = "Is this a Qwen3-VL-MoE checkpoint? This command supports no others."
+        raise CheckpointError(f"{name}: config.json: model_type", series(MODEL_TYPES), shown(found), remedy)
+    return config
+
+
+def read_any_config(folder: Path, name: str) -> Any:
+    """What config.json has, as the host reads it; errors as of `read_config`."""
     try:
         config = read_json(folder / "config.json")
         if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():  # as the host does
@@ -190,14 +216,6 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         what = "no such file" if isinstance(e, FileNotFoundError) else f"a file that cannot be read ({e})"
         remedy = "Is this the folder of a checkpoint? If so, download the file again."
         raise CheckpointError(name, "config.json", what, remedy) from e
-    found = config.get("model_type") if isinstance(config, dict) else config
-    if not isinstance(found, str) or found not in MODEL_TYPES:
-        if own_module(found, config.get("architectures") if isinstance(config, dict) else None):
-            raise CheckpointError(
-                f"{name}: mlx-lm has its own model for {found}. Load it with mlx_lm: this command is not needed."
-            )
-        remedy = "Is this a Qwen3-VL-MoE checkpoint? This command supports no others."
-        raise CheckpointError(f"{name}: config.json: model_type", series(MODEL_TYPES), shown(found), remedy)
     return config
 
 

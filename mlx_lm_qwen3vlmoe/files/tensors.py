@@ -13,7 +13,7 @@ from ..errors import CheckpointError, shown
 from .headers import AGAIN, INDEX, Header, read_index
 
 # The format's names for what MLX has (https://github.com/huggingface/safetensors#format).
-_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 FLOATS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # and the bits of infinity
 _AT_ONCE = 32_000_000  # bytes
 
@@ -34,12 +34,7 @@ class FileTensor(NamedTuple):
 
     @property
     def mlx_dtype(self) -> mx.Dtype:
-        return _DTYPES[self.dtype]
-
-    @property
-    def bits(self) -> mx.Dtype:
-        """The unsigned integers of its size, to move what it holds without a change."""
-        return mx.uint32 if self.mlx_dtype.size == 4 else mx.uint16
+        return DTYPES[self.dtype]
 
     def rows(self, first: int, last: int) -> mx.array:
         """Rows of the first axis, ``[last - first, …]``."""
@@ -51,6 +46,11 @@ class FileTensor(NamedTuple):
             raise OSError(f"{self.file}: it has become shorter while it was read")
         content: Any = memoryview(data)
         return mx.array(content).view(self.mlx_dtype).reshape(last - first, *self.shape[1:])
+
+
+def unsigned(dtype: mx.Dtype) -> mx.Dtype:
+    """The unsigned integers of a dtype's size, to move what it holds without a change."""
+    return mx.uint32 if dtype.size == 4 else mx.uint16
 
 
 def all_finite(bits: mx.array, dtype: str) -> bool:
@@ -114,7 +114,7 @@ def find_tensors(folder: Path, headers: dict[str, Header]) -> dict[str, FileTens
 
 def _shape(path: Path, tensor: str, entry: dict[str, Any], size: int) -> tuple[int, ...]:
     shape, dtype = entry["shape"], entry["dtype"]
-    if dtype not in _DTYPES or math.prod(shape) * _DTYPES[dtype].size == size:
+    if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size == size:
         return tuple(shape)
     found = f"the shape {shown(shape)} of {shown(dtype)}"
     raise CheckpointError(f"{path}: {tensor}", f"a shape that takes {size} bytes", found, AGAIN)

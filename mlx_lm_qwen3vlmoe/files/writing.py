@@ -23,6 +23,12 @@ def check_empty(out: Path) -> None:
         raise CheckpointError(out, "a new or empty folder", found, "Choose another --save-path.")
 
 
+def check_outside(inner: Path, outer: Path) -> None:
+    """Raise `CheckpointError` for a folder that is, or is in, another one."""
+    if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
+        raise CheckpointError(inner, f"a folder outside of {outer}", "one inside it", "Move it, or choose another.")
+
+
 def no_space(out: Path, size: int, free: int) -> CheckpointError:
     remedy = "Free some, or choose another --save-path."
     return CheckpointError(out, f"{in_bytes(size)} of free space", in_bytes(free), remedy)

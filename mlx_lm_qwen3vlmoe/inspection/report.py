@@ -82,7 +82,7 @@ def inspect(
             report["quantization"] = _quantization(config, layers)
             check_place(folder, headers)
             check_rotation(folder)
-            with _noting(notes if bits is None else []):
+            with noting(notes if bits is None else []):
                 model, config = hollow_model(folder, headers)
             if bits is not None:
                 scattered = report["quantization"] != "none" and layout in ONE_BY_ONE
@@ -100,7 +100,12 @@ def hollow_model(folder: Path, headers: dict[str, Header]) -> tuple[Any, dict[st
     check_dtypes(headers)
     with tempfile.TemporaryDirectory() as hollow:
         write_hollow(folder, headers, Path(hollow))
-        return load_model(Path(hollow), lazy=True, get_model_classes=_classes)
+        return lazy_model(Path(hollow))
+
+
+def lazy_model(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The model and its config as the host's own loader has them, of arrays that are not evaluated."""
+    return load_model(folder, lazy=True, get_model_classes=_classes)
 
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -131,7 +136,7 @@ def _plan(model: Any, ranks: int | None, context: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
+def noting(notes: list[str]) -> Iterator[None]:
     """Collect what the package logs meanwhile, for the report and not for the terminal."""
     logger = logging.getLogger(PACKAGE)
     handler = logging.Handler()

@@ -182,6 +182,16 @@ def gather(layers: Layers) -> tuple[Layers, list[Experts]]:
     return others, list(found.values())
 
 
+def host_paths(path: str) -> tuple[str, ...]:
+    """The host's layers that a stored layer is part of."""
+    match = _EXPERT.fullmatch(path)
+    mlp, name = (match[1], match[3]) if match else (path.rpartition(".experts.")[0], path.rpartition(".")[2])
+    if not match and not _FUSED.fullmatch(path):
+        return (path,)
+    names = PROJECTIONS[:2] if name == "gate_up_proj" else (name,)
+    return tuple(f"{mlp}.switch_mlp.{each}" for each in names)
+
+
 def check_orientations(found: list[Experts], sizes: dict[str, Any]) -> None:
     """Where one tensor of each layer is square, the layers have to agree on the other: it may have been reshaped."""
     if sizes["hidden_size"] not in (sizes["moe_intermediate_size"], 2 * sizes["moe_intermediate_size"]):

@@ -33,7 +33,7 @@ def cut_merged(layers: Layers, sizes: dict[str, Any]) -> Layers:
         return layers
     layers = dict(layers)
     for path in found:
-        tensors, parts = layers.pop(path), _parts_of(path)
+        tensors, parts = layers.pop(path), parts_of(path)
         shapes = [linear_shape(part, sizes) or (0, 0) for part in parts]
         rows = [shape[0] for shape in shapes]
         expected = (sum(rows), shapes[0][1])
@@ -70,6 +70,7 @@ def refuse_merged(layers: Iterable[str]) -> None:
         )
 
 
-def _parts_of(path: str) -> tuple[str, ...]:
-    parent, _, name = path.rpartition(".")
-    return tuple(f"{parent}.{part}" for part in next(parts for end, parts in _MERGED.items() if end.endswith(name)))
+def parts_of(path: str) -> tuple[str, ...]:
+    """The paths of what a projection was merged from; none if it was not."""
+    parent = path.rpartition(".")[0]
+    return tuple(f"{parent}.{part}" for end, parts in _MERGED.items() if path.endswith(end) for part in parts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import mlx.core as mx
 
 from .. import quantization
 from ..errors import CheckpointError
-from ..files.headers import CONFIGS, hub_folder, local_headers, read_config
-from ..files.tensors import FLOATS, find_tensors, row_ranges
+from ..files.headers import Header, local_headers, read_config
+from ..files.tensors import FLOATS, find_tensors, row_ranges, unsigned
 from ..inspection.report import FAILURES, described, hollow_model
 from ..inspection.surroundings import check_rotation
 from ..layouts.names import EMBEDDINGS, HEAD
-from ..quantization import Parameters
+from ..layouts.stacking import Part
+from ..quantization import Parameters, Tensors
 from ..quantization.description import foreign_quantization, own_quantization
 from ..runtime.backend import planned
 from ..sanitize import by_layer, rename, unsanitize
@@ -33,7 +35,9 @@ class Checkpoint:
     Attributes:
         config: as it is stored.
         tensors: by their names in the files.
-        model: of arrays that have no data.
+        model: of arrays that have no data, unless `load` is another.
+        loaded_config: as the host has it then.
+        packed: path of the host's → how it is packed.
     """
 
     def __init__(self, folder: Path):
@@ -43,14 +47,44 @@ class Checkpoint:
         self.files = [folder / name for name in headers]
         self.tensors = find_tensors(folder, headers)
         self.refuse()
-        with planned():
-            try:
-                self.model, _ = hollow_model(folder, headers)
-            except FAILURES as e:
-                raise CheckpointError(f"{folder} does not load: {described(e)}") from e
+        try:
+            self.model, self.loaded_config = self.load(headers)
+        except FAILURES as e:
+            raise CheckpointError(f"{folder} does not load: {described(e)}") from e
+        self.packed: dict[str, Parameters] = {
+            path: {name: getattr(module, name) for name in ("group_size", "bits", "mode") if hasattr(module, name)}
+            for path, module in self.model.named_modules()
+            if "scales" in module
+        }
 
     def refuse(self) -> None:
         """Raise `CheckpointError` for what is of no use here, before it is loaded."""
+
+    def load(self, headers: dict[str, Header]) -> tuple[Any, dict[str, Any]]:
+        """The model and its config."""
+        with planned():
+            return hollow_model(self.folder, headers)
+
+    def rows(self, path: str, first: int, last: int) -> mx.array:
+        """Rows of the weight of a layer of the host's, ``[last - first, …]``; what is packed, in float32."""
+        raise NotImplementedError
+
+    def as_float(self, path: str, tensors: Tensors) -> mx.array:
+        """The weight of a layer, or of some rows of it."""
+        if path in self.packed:
+            return quantization.dequantize(tensors, self.packed[path], mx.float32)
+        return tensors["weight"]
+
+    def pieces(self, part: Part, dtype: mx.Dtype, shape: tuple[int, ...]) -> Iterator[tuple[int, int, mx.array]]:
+        """A tensor made of the host's layers, some rows at a time: the first and the last, and their bits.
+
+        As they are moved only, and never computed with, what is stored stays, whatever it is.
+        """
+        bits = unsigned(dtype)
+        size = math.prod(shape) * dtype.size
+        for first, last in row_ranges(shape[0], size) if part.row is None else [(part.row, part.row + 1)]:
+            weights = [self.rows(path, first, last).astype(dtype).view(bits) for path in part.layers]
+            yield first, last, mx.contiguous(part.form(*weights))
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -62,35 +96,22 @@ class Tuned(Checkpoint):
 
     Attributes:
         layers: path of the host's → what the layer consists of.
-        packed: path → how it is packed.
     """
 
     def __init__(self, folder: Path):
-        if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
-            raise _not_fused(folder / adapters[0])
         super().__init__(folder)
         self.layers = by_layer(rename(self.tensors))
         if stored_apart := next((name for name in self.tensors if ".mlp.experts." in name), None):
             raise _not_by_mlx(folder, stored_apart)
-        self.packed: dict[str, Parameters] = {
-            path: {name: getattr(module, name) for name in ("group_size", "bits", "mode") if hasattr(module, name)}
-            for path, module in self.model.named_modules()
-            if "scales" in self.layers.get(path, ())
-        }
 
     def refuse(self) -> None:
         check_rotation(self.folder)
-        if adapter := next((name for name in self.tensors if "lora_" in name), None):
-            raise _not_fused(f"{self.folder}: {adapter}")
+        check_fused(self.folder, self.tensors)
         if foreign_quantization(self.config) is not None:
             raise _not_by_mlx(self.folder, "quantization_config of another tool")
 
     def rows(self, path: str, first: int, last: int) -> mx.array:
-        """Rows of a layer's weight, ``[last - first, …]``; what is packed, in float32."""
-        tensors = {suffix: tensor.rows(first, last) for suffix, tensor in self.layers[path].items()}
-        if path in self.packed:
-            return quantization.dequantize(tensors, self.packed[path], mx.float32)
-        return tensors["weight"]
+        return self.as_float(path, {suffix: tensor.rows(first, last) for suffix, tensor in self.layers[path].items()})
 
     def check_tied(self) -> None:
         """The head is the embeddings, as a tied original has no place for another."""
@@ -134,8 +155,7 @@ class Original(Checkpoint):
                 raise CheckpointError(self.folder, f"at most {_MOST} files and folders", "more", remedy)
             if is_folder or path in self.files:
                 continue
-            if not path.is_file():
-                raise CheckpointError(path, "a file", "a broken link", "Download it again.")
+            check_is_file(path)
             found.append(path)
         return sorted(found)
 
@@ -159,14 +179,6 @@ def _walk(folder: Path, inside: tuple[Path, ...]) -> Iterator[tuple[Path, bool]]
             yield from _walk(path, (*inside, real))
 
 
-def original_folder(name: str) -> Path:
-    """Where an original is, or has been downloaded to: not before its config says that it is of use."""
-    if Path(name).is_dir():
-        return Path(name)
-    check_unquantized(hub_folder(name, CONFIGS), name)
-    return hub_folder(name)
-
-
 def check_unquantized(folder: Path, name: str) -> None:
     config = read_config(folder, name)
     if foreign_quantization(config) or own_quantization(config):
@@ -178,6 +190,19 @@ def _quantized(name: str, what: str) -> CheckpointError:
     which = f": Qwen/{official[0]}" if official else ""
     remedy = f"Use the original that it was made from{which}."
     return CheckpointError(name, "an unquantized original", what, remedy)
+
+
+def check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(path, "a file", "a broken link", "Download it again.")
+
+
+def check_fused(folder: Path, tensors: Iterable[str]) -> None:
+    """Raise `CheckpointError` for adapters, in files of their own or in those of the model."""
+    if adapter := next((name for name in _ADAPTERS if (folder / name).exists()), None):
+        raise _not_fused(folder / adapter)
+    if adapter := next((name for name in tensors if "lora_" in name), None):
+        raise _not_fused(f"{folder}: {adapter}")
 
 
 def _not_fused(what: object) -> CheckpointError:

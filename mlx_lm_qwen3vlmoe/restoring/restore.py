@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from ..config import SIZES
 from ..errors import CheckpointError
-from ..files.tensors import FileTensor, all_finite, copy_bytes, row_ranges
-from ..files.writing import check_empty, new_folder, sync
+from ..files.headers import whole_folder
+from ..files.saving import copy_file
+from ..files.tensors import FileTensor, all_finite, copy_bytes
+from ..files.writing import check_empty, check_outside, new_folder, sync
 from ..layouts.names import HEAD, as_stored, host_name
 from ..layouts.stacking import Part
-from .checkpoints import Original, Tuned, original_folder
+from .checkpoints import Original, Tuned, check_unquantized
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
         remedy = "Name the folder of --save-path (fuse) or --mlx-path (convert)."
         raise CheckpointError(tuned, "a folder that mlx_lm.fuse or mlx_lm.convert wrote", "no such folder", remedy)
     check_empty(Path(save_path))  # before anything is downloaded
-    folder = original_folder(original)
+    folder = whole_folder(original, check_unquantized)
     _check_places(Path(tuned), folder, Path(save_path))
     text, target = Tuned(Path(tuned)), Original(folder, original)
     _compare(text, target)
@@ -62,10 +64,8 @@ def restore(tuned: str, original: str, save_path: str) -> dict[str, int]:
         for file in sorted(others, key=lambda path: path.name == "config.json"):  # without it, nothing loads
             path = out / file.relative_to(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("rb") as source, path.open("wb") as copied:
-                for done in copy_bytes(source, copied, file.stat().st_size):
-                    bar.update(done)
-                sync(copied)
+            for done in copy_file(file, path):
+                bar.update(done)
     return {"text": len(target.parts), "others": len(target.tensors) - len(target.parts)}
 
 
@@ -74,8 +74,7 @@ def _check_places(tuned: Path, original: Path, out: Path) -> None:
         remedy = "Use the checkpoint with the vision tower as the original."
         raise CheckpointError(tuned, "a tuned model and its original", "one folder for both", remedy)
     for inner, outer in ((out, tuned), (out, original), (tuned, original)):
-        if outer.resolve() in (inner.resolve(), *inner.resolve().parents):
-            raise CheckpointError(inner, f"a folder outside of {outer}", "one inside it", "Move it, or choose another.")
+        check_outside(inner, outer)
 
 
 def _compare(text: Tuned, target: Original) -> None:
@@ -164,14 +163,10 @@ def _write(file: Path, path: Path, target: Original, text: Tuned) -> Iterator[in
 
 def _pieces(name: str, old: FileTensor, part: Part, text: Tuned) -> Iterator[mx.array]:
     """A stored tensor made of the tuned text, some rows at a time, as the bits that the file gets."""
-    spans = row_ranges(old.shape[0], old.end - old.begin) if part.row is None else [(part.row, part.row + 1)]
-    for first, last in spans:
-        weights = [text.rows(path, first, last).astype(old.mlx_dtype) for path in part.layers]
-        piece = mx.contiguous(part.form(*(weight.view(old.bits) for weight in weights)))
-        # As they are moved only, and never computed with, what is not tuned stays, whatever it is.
-        if not all_finite(piece, old.dtype):
+    for first, last, piece in text.pieces(part, old.mlx_dtype, old.shape):
+        if not all_finite(piece, old.dtype):  # which is no error in what is not tuned
             before = old.rows(first, last) if part.row is None else old.rows(0, old.shape[0])
-            if not mx.array_equal(before.view(old.bits).flatten(), piece.flatten()).item():
+            if not mx.array_equal(before.view(piece.dtype).flatten(), piece.flatten()).item():
                 raise CheckpointError(
                     name,
                     f"finite numbers in {old.dtype}",

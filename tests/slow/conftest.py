@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import venv
+from pathlib import Path
 
 import pytest
 from support.commands import WARM, run
@@ -40,3 +42,19 @@ def pipx(tmp_path_factory):
 
     run_pipx.home = home
     return run_pipx
+
+
+@pytest.fixture(scope="session")
+def torch(tmp_path_factory) -> dict[str, tuple[Path, dict[str, str]]]:
+    """Version of transformers → a Python with torch, and the setting that brings this version."""
+    home = tmp_path_factory.mktemp("torch")
+    venv.create(home / "venv", symlinks=True, with_pip=True)
+    python = home / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "-q", "install", "torch==2.13.0", "numpy", timeout=900)
+    found = {}
+    for version in ("4.57.6", "5.23.0"):
+        target = home / version
+        packages = (f"transformers=={version}", "safetensors")
+        run(python, "-m", "pip", "-q", "install", "--target", target, *packages, timeout=900)
+        found[version] = python, {"PYTHONPATH": str(target)}
+    return found

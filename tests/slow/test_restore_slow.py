@@ -14,12 +14,11 @@ import venv
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 from support import FIXTURES, TINY
 from support.commands import run, write_chats
-from support.hollow import bf16, tensors, write_config
+from support.hollow import MIDDLING, bf16, tensors, write, write_config
 from support.tuned import converted, tuned
 
 BIN = Path(sys.executable).parent
@@ -64,22 +63,6 @@ model.set_dtype(mx.float32)
 prompt = apply_chat_template(processor, model.config, sys.argv[3], num_images=1)
 print(generate(model, processor, prompt, [sys.argv[2]], max_tokens=64, temperature=0.0, verbose=False).text)
 """
-
-
-@pytest.fixture(scope="module")
-def torch(tmp_path_factory) -> dict[str, tuple[Path, dict[str, str]]]:
-    """Version of transformers → a Python with torch, and the setting that brings this version."""
-    home = tmp_path_factory.mktemp("torch")
-    venv.create(home / "venv", symlinks=True, with_pip=True)
-    python = home / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "-q", "install", "torch==2.13.0", "numpy", timeout=900)
-    found = {}
-    for version in ("4.57.6", "5.23.0"):
-        target = home / version
-        packages = (f"transformers=={version}", "safetensors")
-        run(python, "-m", "pip", "-q", "install", "--target", target, *packages, timeout=900)
-        found[version] = python, {"PYTHONPATH": str(target)}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -182,32 +165,7 @@ from mlx_lm_qwen3vlmoe.restoring.restore import restore
 restore(*sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
-BIG = {  # a layer of Qwen3-VL-30B-A3B
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 1,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 1024,
-    "dtype": "bfloat16",
-}
-
-
-def of_holes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A file of the right size, whose zeros take no space."""
-    header, offset = {}, 0
-    for name, (dtype, size, shape) in bf16(shapes).items():
-        end = offset + size * int(np.prod(shape))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
-        offset = end
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+BIG = MIDDLING | {"num_hidden_layers": 1, "vocab_size": 1024}
 
 
 @pytest.mark.parametrize("per_expert", [False, True], ids=["fused", "per expert"])
@@ -219,7 +177,7 @@ def test_some_rows_of_a_layer_are_in_memory(per_expert, tmp_path):
     write_config(original, BIG)
     write_config(made, BIG)
     shapes = tensors(BIG, per_expert)
-    of_holes(original, shapes)
+    write(original, bf16(shapes), holes=True)
     text = {}
     for name, shape in tensors(BIG).items():
         name = name.replace("model.language_model.", "language_model.model.").replace(
@@ -233,7 +191,7 @@ def test_some_rows_of_a_layer_are_in_memory(per_expert, tmp_path):
             text[name.replace("experts.down_proj", "switch_mlp.down_proj.weight")] = shape[0], shape[2], shape[1]
         elif "visual" not in name:
             text[name] = shape
-    of_holes(made, text)
+    write(made, bf16(text), holes=True)
     peak = int(run(sys.executable, "-c", MEASURE, made, original, tmp_path / "out").stdout)
     size = (original / "model.safetensors").stat().st_size
     assert os.path.getsize(tmp_path / "out" / "model.safetensors") == size > 1.2e9

@@ -100,14 +100,20 @@ def assert_same_in_unchanged_host(model: Path, tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *arguments: str, command: tuple[object, ...] = (BIN / "mlx_lm.server",)):
+def serving(
+    model: Path,
+    log: Path,
+    *arguments: str,
+    command: tuple[object, ...] = (BIN / "mlx_lm.server",),
+    env: dict[str, str] | None = None,
+):
     """An `mlx_lm.server` on a free port, as the base URL of its API."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--model", model, "--port", port, "--temp", 0, "--max-tokens", 64, *arguments)
     with log.open("w") as out, Path(os.devnull).open() as empty:
-        server = started(*command, *options, stdin=empty, stdout=out, stderr=out)
+        server = started(*command, *options, stdin=empty, stdout=out, stderr=out, env=env)
         try:
             for _ in range(10 * LIMIT):
                 assert server.poll() is None, log.read_text()

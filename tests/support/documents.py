@@ -33,6 +33,7 @@ LISTED = {
     "mlx_lm.generate --model tiny-random": "tests/test_plugins.py",
     "mlx_lm.convert --hf-path tiny-random": "tests/test_plugins.py",
     "mlx_vlm.generate --model tuned ": "tests/slow/test_restore_slow.py",  # needs mlx-vlm
+    "python llama.cpp/convert_hf_to_gguf.py ": "tests/slow/test_export_slow.py",  # needs llama.cpp and torch
     'python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
     'MLX_LM_PLUGINS=0 python -c "import mlx_lm.models.example_llama': "tests/test_plugins.py",
 }
@@ -48,6 +49,7 @@ PYTHON_LISTED = {
     "plugins.md": "tests/test_plugins.py",
     "serving.md": "tests/test_serving.py",
     "fine-tuning.md": "tests/slow/test_restore_slow.py",
+    "other-tools.md": "tests/slow/test_export_slow.py",
 }
 SLOW = {  # documents, and the beginnings of their commands that slow/test_docs_slow.py runs
     "commands.md": ("mlx_lm.",),

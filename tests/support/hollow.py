@@ -98,8 +98,8 @@ def awq(shapes: dict) -> dict:
     return entries
 
 
-def write(folder: Path, entries: dict, data: bool = False) -> int:
-    """Write a file of a header, with random data or with none; return the size of the data."""
+def write(folder: Path, entries: dict, data: bool = False, holes: bool = False) -> int:
+    """Write a file of a header, with random data, with zeros that take no space or with none; return their size."""
     header, offset = {}, 0
     for name, (dtype, size, shape) in entries.items():
         end = offset + size * math.prod(shape)
@@ -109,6 +109,7 @@ def write(folder: Path, entries: dict, data: bool = False) -> int:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.write(random.randbytes(offset) if data else b"")
+        file.truncate(file.tell() + offset * holes)
     return offset
 
 
