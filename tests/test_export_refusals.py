@@ -49,7 +49,10 @@ def test_another_model_type_is_named(source, tmp_path):
         (source / "config.json").write_text(json.dumps(config))
         message = refusal(source, tmp_path / "out")
         assert str(source) in message
-        assert "mlx-lm's own type" in message or "config.json: model_type: expected qwen3_vl_moe" in message
+        assert (
+            "mlx-lm has its own model for" in message
+            or "config.json: model_type: expected qwen3_vl_moe" in message
+        )
 
 
 def test_places_that_are_in_each_others_way_are_refused(source, tmp_path):
@@ -57,8 +60,8 @@ def test_places_that_are_in_each_others_way_are_refused(source, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
     for out, text in (
-        (source, "expected nothing, or an empty folder, found files"),
-        (tmp_path / "full", "expected nothing, or an empty folder, found files"),
+        (source, "expected a new or empty folder, found a folder with files"),
+        (tmp_path / "full", "expected a new or empty folder, found a folder with files"),
         (source / "out", "expected a folder outside of"),
         (tmp_path / "link" / "out", "expected a folder outside of"),
     ):
@@ -70,7 +73,7 @@ def test_places_that_are_in_each_others_way_are_refused(source, tmp_path):
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors"])
 def test_adapters_that_are_not_fused_are_refused(name, source, tmp_path):
     (source / name).write_text("{}")
-    assert f"{name}: expected a model without adapters, found some that are not fused. Run mlx_lm.fuse" in refusal(
+    assert f"{name}: expected a model without adapters, found adapters that are not fused. Run mlx_lm.fuse" in refusal(
         source, tmp_path / "out"
     )
 
@@ -112,10 +115,10 @@ def test_a_tensor_that_is_unknown_or_of_another_shape_is_named(tmp_path):
 def test_files_beside_it_that_cannot_be_read_are_named(source, tmp_path):
     """As a download leaves them that was broken off, or somebody who wants a reader to wait."""
     os.mkfifo(source / "vocab.json")
-    assert "vocab.json: expected a file, found none" in refusal(source, tmp_path / "out")
+    assert "vocab.json: expected a file, found a broken link" in refusal(source, tmp_path / "out")
     (source / "vocab.json").unlink()
     (source / "vocab.json").symlink_to(tmp_path / "gone")
-    assert "vocab.json: expected a file, found none" in refusal(source, tmp_path / "out")
+    assert "vocab.json: expected a file, found a broken link" in refusal(source, tmp_path / "out")
     (source / "vocab.json").unlink()
     for content in ("{", "[1]", "3"):
         (source / "tokenizer_config.json").write_text(content)
@@ -154,12 +157,14 @@ def test_a_kill_leaves_nothing_that_looks_finished_and_the_next_run_names_it(sou
     process.communicate(timeout=LIMIT)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.unfinished" / "config.json").exists()  # without which nothing loads it
-    assert "expected nothing, found what another run is writing, or has left" in refusal(source, tmp_path / "out")
+    assert "expected no such folder, found one that another run is writing or has left" in refusal(
+        source, tmp_path / "out"
+    )
 
 
 def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
     assert "File too large" in on_a_full_disk("export", source, "--save-path", tmp_path / "out")
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "GB of free space, found 0.000 GB" in refusal(source, tmp_path / "out")
+    assert "MB of free space, found 1 kB" in refusal(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
