@@ -83,14 +83,15 @@ def unpack_planes(words: mx.array, bits: int) -> mx.array:
 
 
 def unpack_outputs(words: mx.array, bits: int = 4, order: tuple[int, ...] = AWQ) -> mx.array:
-    """``[…, n, out * bits / 32]``, eight outputs at a time in an order → ``[…, n, out]`` integers, as int32."""
+    """``[…, n, out * bits / 32]``, eight outputs at a time, `AWQ` or `PLAIN` → ``[…, n, out]`` integers, as int32."""
     return _outputs(words, bits, order).astype(mx.int32)
 
 
 def _outputs(words: mx.array, bits: int, order: tuple[int, ...]) -> mx.array:
     values = codes(words, bits)
-    eights = values.reshape(*values.shape[:-1], -1, 8)
-    return eights[..., mx.array([order.index(output) for output in range(8)])].flatten(-2)
+    if order == PLAIN:
+        return values
+    return values.reshape(*values.shape[:-1], -1, 2, 4).swapaxes(-1, -2).flatten(-3)  # the even ones come first in AWQ
 
 
 def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array:
