@@ -102,16 +102,15 @@ def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array
     """
     *stack_shape, inputs, outputs = words.shape
     squares = words.view(mx.uint32).reshape(*stack_shape, inputs // 8, 8, outputs)
-    rows = list(mx.contiguous(mx.moveaxis(squares, -2, 0)))
-    for distance, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
-        for i in range(8):
-            if i & distance:
-                continue
-            low, high = rows[i], rows[i + distance]
+    rows = [mx.contiguous(mx.moveaxis(squares, -2, 0))]
+    for shift, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F)):
+        halves = [mx.split(each, 2) for each in rows]
+        rows = []
+        for low, high in halves:
             swapped = ((low >> constant(shift)) ^ high) & constant(mask)
-            rows[i], rows[i + distance] = low ^ (swapped << constant(shift)), high ^ swapped
+            rows += [low ^ (swapped << constant(shift)), high ^ swapped]
     # rows[j] now has nibble j of every word, that is its output order[j], for eight inputs.
-    columns = [rows[order.index(output)].swapaxes(-1, -2) for output in range(8)]
+    columns = [rows[order.index(output)].squeeze(0).swapaxes(-1, -2) for output in range(8)]
     return mx.stack(columns, -2).flatten(-3, -2)
 
 

@@ -36,7 +36,7 @@ from . import streams
 Arrays = dict[str, mx.array]
 _DEPTH = 32  # more than the steps from a file to a piece of a decoded weight; tests/test_lazy.py counts them
 _ARRAYS = 8  # experts in a piece: what depends on more arrays than are walked in breadth is begun with the last
-_PIECE = 1 << 24  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
+_PIECE = 1 << 25  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
 def in_pieces(whole: Arrays, function: Callable[[slice], Arrays]) -> Arrays:
