@@ -155,6 +155,7 @@ def measure_sanitize(contender: str, experts: str, *layers: str) -> dict:
     smallest, largest = min(times), max(times)
     return {
         "sanitize": times[smallest][0],
+        "cpu": times[smallest][1] * smallest,
         "times": times,
         "growth": times[largest][1] / times[smallest][1],
         "nodes": (more_nodes - few_nodes) / (more - few),

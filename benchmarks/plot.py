@@ -1,94 +1,114 @@
-"""Draw docs/benchmarks.svg from results.json and real.json: ``python benchmarks/plot.py``."""
+"""Draw docs/benchmarks.svg, tokens a second and the memory of converting, from results.json and real.json.
+
+python benchmarks/plot.py    # `make bench` and `make bench-real` do it, too
+"""
+
+from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-GRAY, MET, MISSED, TARGET, OTHER = "#808890", "#2f9e6e", "#d9822b", "#d6409f", "#4a7fc1"  # on white and on black
-NAMES = {"host": "mlx-lm's own class", "native": "qwen3_moe", "mlx-vlm": "mlx-vlm"}
+WIDTH, BAR, GAP = 700, 30, 6  # a phone shows half of this width: so the letters are twice as large as usual
+RATES = ("Decode, 4 bits", "Prefill, 4 bits", "Decode, 8 bits", "Prefill, 8 bits")
+OTHERS = {"native": "mlx-lm's qwen3_moe", "mlx-vlm": "mlx-vlm"}
+STYLE = """
+text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; fill: #6e7781 }
+.title { font-size: 28px; font-weight: 600 } .label { font-size: 25px } .value { font-size: 24px }
+.caption { font-size: 18px }
+.ours { fill: #2f81d0 } .first { fill: #8c959f } .second { fill: #b6bdc5 }
+@media (prefers-color-scheme: dark) { text { fill: #9da7b1 } .first { fill: #7d8590 } .second { fill: #555d66 } }
+"""
 
 
-def plot(report: dict, real: dict, file: Path) -> None:
-    """Ratios as points on logarithmic axes, and the memory of the 30B as bars from zero."""
-    import matplotlib as mpl
+@dataclass
+class Drawing:
+    """Lines of SVG from top to bottom."""
 
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
+    y: int = 0
+    lines: list[str] = field(default_factory=list)
 
-    mpl.rcParams.update({"svg.hashsalt": "benchmarks", "font.size": 9})
-    mpl.rcParams |= {f"{part}.color": GRAY for part in ("text", "xtick", "ytick")}
-    mpl.rcParams |= {"axes.edgecolor": GRAY, "axes.labelcolor": GRAY}
-    rows = [row for row in report["figures"] if row["against"]]
-    panels = [[row for row in rows if row["higher"] is higher] for higher in (True, False)]
-    sizes = [len(panel) + 1.5 for panel in (*panels, real["rows"])]
-    figure, axes = plt.subplots(3, 1, figsize=(8, 2 + 0.25 * sum(sizes)), height_ratios=sizes, layout="constrained")
-    titles = (
-        "Rate, this package / other: more is better",
-        "Time or memory, this package / other: less is better",
+    def text(self, text: str, kind: str, size: int, x: int = 0) -> None:
+        self.y += size
+        self.lines.append(f'<text x="{x}" y="{self.y - size // 4}" class="{kind}">{escape(text)}</text>')
+
+    def bars(self, values: dict[str, float], largest: float) -> None:
+        """One below the other, from zero."""
+        for kind, value in values.items():
+            width = max(2, round((WIDTH - 90) * value / largest))
+            self.lines.append(f'<rect y="{self.y}" width="{width}" height="{BAR}" rx="3" class="{kind}"/>')
+            self.lines.append(f'<text x="{width + 10}" y="{self.y + BAR - 6}" class="value">{value:.3g}</text>')
+            self.y += BAR + GAP
+
+    def legend(self, names: dict[str, str]) -> None:
+        x = 0
+        for kind, name in names.items():
+            self.lines.append(f'<rect x="{x}" y="{self.y + 8}" width="22" height="22" rx="3" class="{kind}"/>')
+            self.lines.append(f'<text x="{x + 30}" y="{self.y + 28}" class="value">{escape(name)}</text>')
+            x += 60 + 14 * len(name)
+        self.y += 46
+
+    def panel(
+        self, title: str, names: dict[str, str], groups: dict[str, dict[str, float]], about: dict, of: str
+    ) -> None:
+        self.text(title, "title", 40)
+        self.legend(names)
+        largest = max(value for values in groups.values() for value in values.values())
+        for label, values in groups.items():
+            self.text(label, "label", 36)
+            self.bars(values, largest)
+            self.y += GAP
+        for line in _caption(about, of):
+            self.text(line, "caption", 26)
+        self.y += 30
+
+
+def _caption(about: dict, of: str) -> tuple[str, str]:
+    versions, machine = about["versions"], about["machine"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("mlx-lm-qwen3vlmoe", "mlx-lm", "mlx"))
+    return f"{about['date']}: {named}", f"{of}; {machine['cores']} CPU cores, {machine['memory']}"
+
+
+def rates(report: dict) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """What stands in the legend, and tokens a second by what is measured."""
+    rows = {row["figure"]: row["values"] for row in report["figures"] if row["figure"] in RATES}
+    kinds = {"ours": "ours"} | dict(zip(OTHERS, ("first", "second"), strict=True))
+    names = {"ours": "this package"} | {kinds[who]: name for who, name in OTHERS.items()}
+    groups = {label: {kinds[who]: rows[label][who] for who in kinds if who in rows[label]} for label in RATES}
+    used = {kind for values in groups.values() for kind in values}
+    return {kind: name for kind, name in names.items() if kind in used}, groups
+
+
+def memory(real: dict) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """The same for the peaks of converting the release in 16 bits and the one in FP8, with as many layers as ran."""
+    groups: dict[str, dict[str, float]] = {}
+    for layout, name in (("official", "BF16 release"), ("fp8", "FP8 release")):
+        step = f"`convert -q`, {layout}"
+        best = max((row for row in real["rows"] if row["step"] == step), key=lambda row: row["layers"])
+        values = {"ours": best["peak"]}
+        for row in real["rows"]:
+            if row["step"] == f"{step} by mlx-lm's own class" and row["layers"] == best["layers"]:
+                values["first"] = row["peak"]
+        groups[f"{name}, {best['layers']} layers: {best['file']:.0f} GB of files"] = values
+    return {"ours": "this package", "first": "mlx-lm's own class"}, groups
+
+
+def draw(report: dict, real: dict) -> str:
+    drawing = Drawing()
+    drawing.panel(
+        "Tokens a second (more is better)", *rates(report), report, "One layer of the 30B's widths, random weights"
     )
-    for axis, panel, title in zip(axes, panels, titles, strict=False):
-        for place, row in enumerate(panel):
-            color = {True: MET, False: MISSED, None: GRAY}[row.get("met")]
-            axis.plot([row["compared"]], [place], "o", color=color, markersize=6)
-            if row["target"] is not None:
-                axis.plot([row["target"]], [place], "|", color=TARGET, markersize=11, markeredgewidth=2)
-            axis.annotate(f"  {row['compared']:.2f}", (row["compared"], place), va="center", fontsize=8)
-        axis.axvline(1, color=GRAY, linewidth=0.8, linestyle=":")
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="both", labelsize=7)
-        axis.set_yticks(range(len(panel)), [f"{_plain(row['figure'])} / {NAMES[row['against']]}" for row in panel])
-        axis.margins(x=0.15)
-        _finish(axis, title)
-    axis = axes[2]
-    for place, row in enumerate(real["rows"]):
-        axis.barh(place - 0.18, row["file"], height=0.34, color=GRAY, alpha=0.45)
-        axis.barh(place + 0.18, row["peak"], height=0.34, color=OTHER)
-        axis.annotate(f" {row['peak']:.1f}", (row["peak"], place + 0.2), va="center", fontsize=8)
-    axis.set_yticks(
-        range(len(real["rows"])), [f"{_plain(row['step'])}, {row['layers']} layers" for row in real["rows"]]
-    )
-    axis.margins(x=0.08)
-    _finish(axis, "The 30B's true shapes: memory at its peak, GB")
-    legend = [
-        Line2D([], [], marker="o", color=MET, linestyle="", label="target met"),
-        Line2D([], [], marker="o", color=MISSED, linestyle="", label="missed"),
-        Line2D([], [], marker="o", color=GRAY, linestyle="", label="no target"),
-        Line2D([], [], marker="|", color=TARGET, linestyle="", markersize=11, markeredgewidth=2, label="target"),
-        Patch(color=OTHER, label="peak (resident)"),
-        Patch(color=GRAY, alpha=0.45, label="the checkpoint"),
-    ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.suptitle("mlx-lm-qwen3vlmoe on a CPU", color=GRAY, fontsize=12, fontweight="bold")
-    axis.set_xlabel(_caption(report, real), fontsize=7, labelpad=10, ha="right", x=1)
-    figure.savefig(file, transparent=True, metadata={"Date": None})
-
-
-def _finish(axis: object, title: str) -> None:
-    axis.invert_yaxis()
-    axis.set_title(title, loc="left", fontsize=9, color=GRAY)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _plain(text: str) -> str:
-    return text.replace("`", "")
-
-
-def _caption(report: dict, real: dict) -> str:
-    def of(about: dict) -> str:
-        versions, machine = about["versions"], about["machine"]
-        named = ", ".join(f"{name} {versions[name]}" for name in ("mlx-lm-qwen3vlmoe", "mlx-lm", "mlx"))
-        return f"{about['date']}: {named}; {machine['device']}, {machine['cores']} cores, {machine['memory']}"
-
-    return f"ratios {of(report)}\nmemory {of(real)}. Metal and CUDA were not measured."
+    drawing.panel("GB of memory for mlx_lm.convert -q", *memory(real), real, "The 30B's layers, random weights")
+    title = "Tokens a second, and the memory that converting takes, of this package and others"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {drawing.y}" role="img" aria-label="{title}">'
+    return "\n".join([head, f"<style>{STYLE}</style>", *drawing.lines, "</svg>", ""])
 
 
 def main() -> None:
     report, real = (json.loads((HERE / name).read_text()) for name in ("results.json", "real.json"))
-    plot(report, real, HERE.parent / "docs" / "benchmarks.svg")
+    (HERE.parent / "docs" / "benchmarks.svg").write_text(draw(report, real))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import support
+from hypothesis import settings
 from support import LIMIT, ROOT
 from support.commands import CLEAN, WARM
 from support.environments import build
+
+settings.register_profile("any machine", deadline=None)  # no test is decided by a clock
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import re
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_lm.utils import load_config, load_model, quantize_model, save_model
 from support import OURS, QUANTIZED, ROOT, TINY, thorough
 
 from mlx_lm_qwen3vlmoe import Model, ModelArgs
-from mlx_lm_qwen3vlmoe.runtime import lazy
+from mlx_lm_qwen3vlmoe.runtime import lazy, streams
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from true_size import Sizes, write
@@ -111,14 +112,24 @@ def test_modules_in_turn_are_quantized_as_the_host_does_it():
             assert mx.array_equal(found[path][name], array), path
 
 
-def test_a_large_projection_is_quantized_in_pieces_to_the_same_values():
-    weight = mx.random.normal((48, 512, 768)).astype(mx.bfloat16)
+@pytest.mark.parametrize("shape", [(48, 512, 768), (20000, 768)])
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_a_large_layer_is_quantized_in_pieces_to_the_same_values(shape, cores, monkeypatch):
+    """On the CPU, by every core: experts a few at a time, and the rows of a head."""
+    monkeypatch.setattr(streams, "_cores", lambda: cores)
+    monkeypatch.setattr(streams, "_own", threading.local())
+    monkeypatch.setattr(streams, "_free", [])
+    weight = mx.random.normal(shape).astype(mx.bfloat16)
     names = ("weight", "scales", "biases")
+    used = []
 
     def quantized(part: slice) -> dict[str, mx.array]:
+        used.append(mx.default_stream(mx.default_device()))
         return dict(zip(names, mx.quantize(weight[part], 64, 4), strict=True))
 
-    found = lazy.in_pieces(quantized(slice(48)), quantized)
+    found = lazy.in_pieces(quantized(slice(len(weight))), quantized)
+    assert len(used) > 3
+    assert len({str(stream) for stream in used}) == streams.count()
     for name, array in zip(names, mx.quantize(weight, 64, 4), strict=True):
         assert mx.array_equal(found[name], array)
 

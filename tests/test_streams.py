@@ -42,11 +42,11 @@ def cores(monkeypatch):
         monkeypatch.setattr(streams, "_GRAIN", 1)
         monkeypatch.setattr(streams, "_cores", lambda: number)
         monkeypatch.setattr(streams, "on", counted)
-        streams._others.cache_clear()
+        monkeypatch.setattr(streams, "_own", threading.local())
+        monkeypatch.setattr(streams, "_free", [])
         return used
 
-    yield have
-    streams._others.cache_clear()
+    return have
 
 
 def tiny(kind: str = "4 bits") -> Model:
@@ -173,6 +173,24 @@ def test_every_thread_has_streams_of_its_own(cores):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+@pytest.mark.skipif(not streams._REUSABLE, reason="MLX before 0.32.0 binds streams to their thread")
+def test_the_streams_of_a_thread_that_has_ended_serve_the_next(cores, monkeypatch):
+    """MLX never ends the thread behind a stream."""
+    model, made = tiny(), []
+    cores(3)
+    monkeypatch.setattr(
+        streams, "_new_stream", lambda device: made.append(mx.new_thread_unsafe_stream(device)) or made[-1]
+    )
+    expected = bytes(memoryview(model(IDS)))
+    same = []
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: same.append(bytes(memoryview(model(IDS))) == expected))
+        thread.start()
+        thread.join()
+    assert same == [True] * 4
+    assert len(made) == 4  # of this thread and of one other, two each
 
 
 @pytest.mark.parametrize("kind", ["4 bits", "bfloat16"])

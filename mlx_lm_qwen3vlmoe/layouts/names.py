@@ -85,9 +85,10 @@ def host_name(name: str) -> str | None:
     text = match[1]
     if text.endswith(_MEANINGLESS):
         return None
-    if ".experts." in text:
+    expert = text.partition(".experts.")[2]
+    if expert and not expert[0].isdecimal():  # of a hundred thousand names, few need these
         text = _PLURAL.sub(r".experts.\2.\1_proj.", _PROJECTION_FIRST.sub(r".experts.\2.\1.", text))
-        if ".experts.w" in text:
+        if expert.startswith("w"):
             text = text.replace(".w13_weight", ".gate_up_proj").replace(".w2_weight", ".down_proj")
     return f"language_model.{text}" if text.startswith("lm_head.") else MODEL_PREFIX + text
 

@@ -83,14 +83,15 @@ def unpack_planes(words: mx.array, bits: int) -> mx.array:
 
 
 def unpack_outputs(words: mx.array, bits: int = 4, order: tuple[int, ...] = AWQ) -> mx.array:
-    """``[…, n, out * bits / 32]``, eight outputs at a time in an order → ``[…, n, out]`` integers, as int32."""
+    """``[…, n, out * bits / 32]``, eight outputs at a time, `AWQ` or `PLAIN` → ``[…, n, out]`` integers, as int32."""
     return _outputs(words, bits, order).astype(mx.int32)
 
 
 def _outputs(words: mx.array, bits: int, order: tuple[int, ...]) -> mx.array:
     values = codes(words, bits)
-    eights = values.reshape(*values.shape[:-1], -1, 8)
-    return eights[..., mx.array([order.index(output) for output in range(8)])].flatten(-2)
+    if order == PLAIN:
+        return values
+    return values.reshape(*values.shape[:-1], -1, 2, 4).swapaxes(-1, -2).flatten(-3)  # the even ones come first in AWQ
 
 
 def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array:
@@ -101,16 +102,15 @@ def transpose_nibbles(words: mx.array, order: tuple[int, ...] = AWQ) -> mx.array
     """
     *stack_shape, inputs, outputs = words.shape
     squares = words.view(mx.uint32).reshape(*stack_shape, inputs // 8, 8, outputs)
-    rows = list(mx.contiguous(mx.moveaxis(squares, -2, 0)))
-    for distance, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
-        for i in range(8):
-            if i & distance:
-                continue
-            low, high = rows[i], rows[i + distance]
+    rows = [mx.contiguous(mx.moveaxis(squares, -2, 0))]
+    for shift, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F)):
+        halves = [mx.split(each, 2) for each in rows]
+        rows = []
+        for low, high in halves:
             swapped = ((low >> constant(shift)) ^ high) & constant(mask)
-            rows[i], rows[i + distance] = low ^ (swapped << constant(shift)), high ^ swapped
+            rows += [low ^ (swapped << constant(shift)), high ^ swapped]
     # rows[j] now has nibble j of every word, that is its output order[j], for eight inputs.
-    columns = [rows[order.index(output)].swapaxes(-1, -2) for output in range(8)]
+    columns = [rows[order.index(output)].squeeze(0).swapaxes(-1, -2) for output in range(8)]
     return mx.stack(columns, -2).flatten(-3, -2)
 
 

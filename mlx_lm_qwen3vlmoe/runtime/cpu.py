@@ -185,7 +185,7 @@ def _in_float32(linear: SwitchLinear, pairs: int, training: bool) -> Callable[..
     # would cost more: the gradient of each is as large as that of all.
     if pairs <= 4 * len(weight) and not training and "bias" not in linear:
         return functools.partial(_one_by_one, rows, turned)
-    wide = mx.contiguous(rows).astype(mx.float32)  # two steps, which are faster than one
+    wide = rows.astype(mx.float32)
     twin: Any = copy.copy(linear)
     twin["weight"] = wide.swapaxes(-1, -2) if turned else wide
     return twin

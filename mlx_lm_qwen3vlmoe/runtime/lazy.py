@@ -5,7 +5,7 @@ and knows nothing of sizes: as all layers are alike, the floats of all would be 
 a path from one array to another orders the two. There are two kinds of them here. Until: none known.
 
 **Pieces** (`in_pieces`): a projection of all experts is put together a few experts at a time. Each piece is written
-into the array that has those before it, and so is made after them.
+into the array that has those before it. On the CPU, pieces are made by all cores in turn.
 
 **Turns** (`quantize_in_turn`): a module is quantized after the one before it. But its weight has its path from the file
 before anybody asks for that, so it can only wait once it is decoded:
@@ -31,28 +31,32 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import streams
+
 Arrays = dict[str, mx.array]
 _DEPTH = 32  # more than the steps from a file to a piece of a decoded weight; tests/test_lazy.py counts them
 _ARRAYS = 8  # experts in a piece: what depends on more arrays than are walked in breadth is begun with the last
-_PIECE = 1 << 24  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
+_PIECE = 1 << 25  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
 def in_pieces(whole: Arrays, function: Callable[[slice], Arrays]) -> Arrays:
-    """``whole``, put together from what ``function`` has for a few experts at a time.
+    """``whole``, put together from what ``function`` has for a few experts, or rows of a matrix, at a time.
 
     Args:
-        whole: arrays ``[experts, …]``, not evaluated: ``function`` of all experts.
-        function: a range of experts → such arrays.
+        whole: arrays ``[experts, …]`` or ``[rows, …]``, not evaluated: ``function`` of all.
+        function: a range of experts or rows → such arrays.
     """
-    experts = len(next(iter(whole.values())))
-    step = max(1, _PIECE * experts // sum(array.nbytes for array in whole.values()))
-    if step >= experts:
+    size, *others = next(iter(whole.values())).shape
+    step = max(1, _PIECE * size // sum(array.nbytes for array in whole.values()))
+    if step >= size:
         return whole
-    step = min(step, _ARRAYS)
+    step = min(step, _ARRAYS) if len(others) > 1 else step
     results = {name: mx.zeros(array.shape, array.dtype) for name, array in whole.items()}
-    for start in range(0, experts, step):
-        part = slice(start, min(start + step, experts))
-        for name, array in function(part).items():
+    for n, start in enumerate(range(0, size, step)):
+        part = slice(start, min(start + step, size))
+        with streams.on(n):
+            piece = function(part)
+        for name, array in piece.items():
             results[name][part] = array
     return results
 
@@ -63,7 +67,7 @@ def longest_path(weight: mx.array) -> int:
 
 
 def quantize_in_turn(model: nn.Module) -> None:
-    """From now on, the modules of a model are quantized one after the other, experts a few at a time."""
+    """From now on, the modules of a model are quantized one after the other, each in pieces if it is large."""
     turns = _Turns()
     for module in model.modules():
         if hasattr(module, "to_quantized"):
@@ -109,14 +113,13 @@ class _InTurn:
 
         try:
             result = quantized(weight)
-            if weight.ndim == 3:
-                names = [name for name in ("weight", "scales", "biases") if name in result]
+            names = [name for name in ("weight", "scales", "biases") if name in result]
 
-                def of(part: slice) -> Arrays:
-                    some = quantized(weight[part])
-                    return {name: some[name] for name in names}
+            def of(part: slice) -> Arrays:
+                some = quantized(weight[part])
+                return {name: some[name] for name in names}
 
-                result.update(in_pieces({name: result[name] for name in names}, of))
+            result.update(in_pieces({name: result[name] for name in names}, of))
         finally:
             module["weight"] = stored
         self.turns.end(result["weight"])

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,36 @@ def on(number: int) -> contextlib.AbstractContextManager[Any]:
     return mx.stream(_others()[number - 1]) if number else contextlib.nullcontext()
 
 
-@functools.cache
 def _others() -> list[Any]:
-    """The other streams, which are others in every thread: MLX binds a stream to the thread that made it."""
-    return [mx.new_thread_local_stream(mx.cpu) for _ in range(_cores() - 1)]
+    """The other streams of this thread."""
+    if not hasattr(_own, "lease"):
+        _own.lease = _Lease()
+    return _own.lease.streams
+
+
+class _Lease:
+    """Streams that one thread has for itself, and that the next one gets when it ends: MLX itself ends no stream.
+
+    MLX does not guard a stream against a second thread; once it does, as https://github.com/ml-explore/mlx/pull/3578
+    intends, all threads can share one set. Before MLX 0.32.0 a stream belongs to the thread that made it for ever, so
+    each Python thread leaves the threads of its streams behind.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.streams = _free.pop()
+        except IndexError:
+            self.streams = [_new_stream(mx.cpu) for _ in range(_cores() - 1)]
+
+    def __del__(self) -> None:
+        if _REUSABLE:
+            _free.append(self.streams)
+
+
+_REUSABLE = hasattr(mx, "new_thread_unsafe_stream")
+_new_stream: Any = mx.new_thread_unsafe_stream if _REUSABLE else mx.new_stream
+_free: list[list[Any]] = []
+_own = threading.local()
 
 
 @functools.cache
