@@ -8,7 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+HERE = Path(__file__).resolve().parent
+PAGE, ALL = HERE.parent / "docs" / "benchmarks.md", HERE / "figures.md"  # what readers ask for, and every figure
 
 
 def described(**versions: str) -> dict:
@@ -34,9 +35,8 @@ def sentence(about: dict) -> str:
     return f"{about['date']}: {parts}."
 
 
-def fill_in(mark: str, text: str) -> None:
-    """Replace what stands between two marks in docs/benchmarks.md."""
-    page = DOCS / "benchmarks.md"
+def fill_in(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between two marks on a page."""
     before, start, rest = page.read_text().partition(f"<!-- {mark} -->\n")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
     assert start, mark

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import plot
-from machine import described, fill_in, sentence
+from machine import ALL, PAGE, described, fill_in, sentence
 from true_size import VOCABULARY, Sizes, size_of, tensors, write
 
 from mlx_lm_qwen3vlmoe.inspection.report import inspect
@@ -176,9 +177,12 @@ def shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: list[dict]) -> str:
-    lines = [f"| {' | '.join(HEADS.values())} |", "|---" * len(HEADS) + "|"]
-    lines += [f"| {' | '.join(shown(row.get(field, '')) for field in HEADS)} |" for row in rows]
+FEW = ("step", "layers", "file", "seconds", "peak", "time of the host's", "peak of the host's", "token")
+
+
+def table(rows: list[dict], fields: Iterable[str] = HEADS) -> str:
+    lines = [f"| {' | '.join(HEADS[field] for field in fields)} |", "|---" * len(list(fields)) + "|"]
+    lines += [f"| {' | '.join(shown(row.get(field, '')) for field in fields)} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -196,7 +200,8 @@ def main() -> None:
     print("", text, sep="\n")
     if not options.quick and not options.only and options.layers == LAYERS:
         (HERE / "real.json").write_text(json.dumps(about | {"rows": run.rows}, indent=1) + "\n")
-        fill_in("real size", text)
+        fill_in(ALL, "real size", text)
+        fill_in(PAGE, "real size", f"{sentence(about)}\n\n{table(run.rows, FEW)}")
         plot.main()
     sys.exit("\n".join(run.failed) or None)
 

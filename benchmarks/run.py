@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import plot
 from checkpoints import Sizes, as_qwen3_moe, write
-from machine import described, fill_in, sentence
+from machine import ALL, PAGE, described, fill_in, sentence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -220,6 +220,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def compared(rows: list[dict]) -> str:
+    """What is measured of another contender as well, and the ratio of the two."""
+    lines = ["| | this package | other | ratio |", "|---|---|---|---|"]
+    for row in rows:
+        if row["against"]:
+            mine, other = row["values"]["ours"], row["values"][row["against"]]
+            label = f"{row['figure']}, {row['unit']}" if row["unit"] else row["figure"]
+            other = f"{other:.3g} ({CONTENDERS[row['against']]})"
+            lines.append(f"| {label} | {mine:.3g} | {other} | {row['compared']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, no mlx-vlm: a few minutes")
@@ -244,7 +256,8 @@ def main() -> None:
     print("", text, sep="\n")
     if complete:
         (HERE / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        fill_in("figures", text)
+        fill_in(ALL, "figures", text)
+        fill_in(PAGE, "figures", f"{sentence(about)}\n\n{compared(rows)}")
         plot.main()
     certain = [row for row in rows if row["certain"] is not None and row["compared"] > row["certain"]]
     failed += [f"{row['figure']}: {row['compared']:.3g}, at most {row['certain']:g} allowed" for row in certain]
