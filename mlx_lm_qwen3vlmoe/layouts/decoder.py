@@ -62,7 +62,7 @@ class Decoder:
         def some(part: slice) -> Tensors:
             return self._foreign(path, stored(part), (part.stop - part.start,)).tensors
 
-        return whole._replace(tensors=in_pieces(whole.tensors, some))
+        return whole._replace(tensors=in_pieces(whole.tensors, some, spared=1 if whole.parameters else 0))
 
     def fused(self, path: str, tensors: Tensors, experts: int) -> tuple[Tensors, tuple[int, ...] | None]:
         """The tensors of fused experts with an axis for the experts in front, and the shape of the floats, if known."""

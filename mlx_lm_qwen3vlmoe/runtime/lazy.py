@@ -39,12 +39,13 @@ _ARRAYS = 8  # experts in a piece: what depends on more arrays than are walked i
 _PIECE = 1 << 25  # bytes; allocators use memory again that is freed in small pieces, where large ones are fresh pages
 
 
-def in_pieces(whole: Arrays, function: Callable[[slice], Arrays]) -> Arrays:
+def in_pieces(whole: Arrays, function: Callable[[slice], Arrays], spared: int = 0) -> Arrays:
     """``whole``, put together from what ``function`` has for a few experts, or rows of a matrix, at a time.
 
     Args:
         whole: arrays ``[experts, …]`` or ``[rows, …]``, not evaluated: ``function`` of all.
         function: a range of experts or rows → such arrays.
+        spared: 1 where reading the file takes about as long, which the stream in force does beside it.
     """
     size, *others = next(iter(whole.values())).shape
     step = max(1, _PIECE * size // sum(array.nbytes for array in whole.values()))
@@ -54,7 +55,7 @@ def in_pieces(whole: Arrays, function: Callable[[slice], Arrays]) -> Arrays:
     results = {name: mx.zeros(array.shape, array.dtype) for name, array in whole.items()}
     for n, start in enumerate(range(0, size, step)):
         part = slice(start, min(start + step, size))
-        with streams.on(n):
+        with streams.on(spared + n % max(1, streams.count() - spared)):
             piece = function(part)
         for name, array in piece.items():
             results[name][part] = array
