@@ -49,10 +49,7 @@ def test_another_model_type_is_named(source, tmp_path):
         (source / "config.json").write_text(json.dumps(config))
         message = refusal(source, tmp_path / "out")
         assert str(source) in message
-        assert (
-            "mlx-lm has its own model for" in message
-            or "config.json: model_type: expected qwen3_vl_moe" in message
-        )
+        assert "mlx-lm has its own model for" in message or "config.json: model_type: expected qwen3_vl_moe" in message
 
 
 def test_places_that_are_in_each_others_way_are_refused(source, tmp_path):
