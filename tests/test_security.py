@@ -295,7 +295,5 @@ def test_the_check_of_the_hashes_passes_and_finds_a_changed_file(fresh):
 
 
 def test_the_listing_of_start_up_files_shows_this_one(fresh):
-    done = run(
-        "bash", "-c", documented(after="The lines of every start-up file"), env={"PATH": f"{fresh.bin}:/usr/bin:/bin"}
-    )
+    done = run("bash", "-c", documented(after="Show every start-up file"), env={"PATH": f"{fresh.bin}:/usr/bin:/bin"})
     assert "import mlx_lm_qwen3vlmoe.registry; mlx_lm_qwen3vlmoe.registry.install()" in done.stdout
