@@ -120,7 +120,7 @@ def unpacked(tmp_path_factory) -> Path:
 
 def collected(root: Path, python: Path) -> list[str]:
     output = run(python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=root).stdout
-    return [line for line in output.splitlines() if "::" in line]
+    return sorted(line for line in output.splitlines() if "::" in line)
 
 
 def test_the_sdist_has_every_test_and_all_that_tests_read(unpacked):
