@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +20,13 @@ BIN = Path(sys.executable).parent
 HOST = tuple(map(int, version("mlx-lm").split(".")[:3]))
 HOST_HAS_THE_TYPE = HOST >= (0, 28, 3)  # by itself, before this package
 
+
+# MLX keeps what it compiles for the CPU in the folder for temporary files. Of two processes that compile the same at a
+# time, one may load half a file ("file too short"): so each worker of pytest-xdist, and its commands, have their own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    temporary = Path(tempfile.gettempdir(), f"mlx-lm-qwen3vlmoe-{os.getuid()}-{worker}")
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(temporary)
 
 quick = False  # for `make test`, which leaves thorough tests out: set before any test is collected
 
