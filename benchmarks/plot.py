@@ -84,12 +84,12 @@ def rates(report: dict) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
 def memory(real: dict) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """The same for the peaks of converting the release in 16 bits and the one in FP8, with as many layers as ran."""
     groups: dict[str, dict[str, float]] = {}
-    for layout, name in (("official", "BF16 release"), ("fp8", "FP8 release")):
-        step = f"`convert -q`, {layout}"
-        best = max((row for row in real["rows"] if row["step"] == step), key=lambda row: row["layers"])
+    for layouts, name in ((["official"], "BF16 release"), (["fp8", "fp8 fused"], "FP8 release")):
+        steps = [f"`convert -q`, {layout}" for layout in layouts]
+        best = max((row for row in real["rows"] if row["step"] in steps), key=lambda row: row["layers"])
         values = {"ours": best["peak"]}
         for row in real["rows"]:
-            if row["step"] == f"{step} by mlx-lm's own class" and row["layers"] == best["layers"]:
+            if row["step"] == f"{steps[0]} by mlx-lm's own class" and row["layers"] == best["layers"]:
                 values["first"] = row["peak"]
         groups[f"{name}, {best['layers']} layers: {best['file']:.0f} GB of files"] = values
     return {"ours": "this package", "first": "mlx-lm's own class"}, groups

@@ -5,7 +5,8 @@ process of its own; peaks are the operating system's (RSS). Fails on memory, nev
 
 python benchmarks/real.py                                             # everything; writes the table, the plot, the JSON
 python benchmarks/real.py --quick                                     # 4 layers and a few minutes; writes nothing
-python benchmarks/real.py --only convert-official-12 convert-fp8-fused-12 --layers 4       # some; writes nothing
+python benchmarks/real.py --only convert-official-12 convert-fp8-fused-12 --write          # some, instead of all
+python benchmarks/real.py --only convert-official-12 --layers 4                            # some; writes nothing
 """
 
 import argparse
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 layers, three parts: a few minutes; writes nothing")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the 48 at most")
+    parser.add_argument("--write", action="store_true", help="the table, the plot and the JSON, of some parts too")
     options = parser.parse_args()
     os.environ.pop("MLX_LM_PLUGINS", None)
     with tempfile.TemporaryDirectory() as temporary:
@@ -198,7 +200,7 @@ def main() -> None:
     about = described()
     text = f"{sentence(about)}\n\n{table(run.rows)}"
     print("", text, sep="\n")
-    if not options.quick and not options.only and options.layers == LAYERS:
+    if options.write or not (options.quick or options.only or options.layers < LAYERS):
         (HERE / "real.json").write_text(json.dumps(about | {"rows": run.rows}, indent=1) + "\n")
         fill_in(ALL, "real size", text)
         fill_in(PAGE, "real size", f"{sentence(about)}\n\n{table(run.rows, FEW)}")
