@@ -6,6 +6,7 @@ import argparse
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,7 @@ def _inspect(commands: Any) -> None:
         _need_mlx_lm()
         from .inspection.report import inspect, render
 
-        try:
-            report = inspect(parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
-        except (CheckpointError, OSError) as e:
-            sys.exit(printable(e))
+        report = _or_one_sentence(inspect, parsed.checkpoint, parsed.ranks, parsed.context, parsed.bits, parsed.device)
         say(json.dumps(report, indent=2) if parsed.json else render(report))
         sys.exit(report["error"] is not None)
 
@@ -151,10 +149,7 @@ def _restore(commands: Any) -> None:
         _need_mlx_lm()
         from .restoring.restore import restore
 
-        try:
-            counts = restore(parsed.tuned, parsed.original, parsed.save_path)
-        except (CheckpointError, OSError) as e:
-            sys.exit(printable(e))
+        counts = _or_one_sentence(restore, parsed.tuned, parsed.original, parsed.save_path)
         done = f"{counts['text']} tensors from the tuned model, {counts['others']} from the original"
         say(printable(f"Wrote {parsed.save_path}: {done}"))
 
@@ -180,10 +175,7 @@ def _export(commands: Any) -> None:
         _need_mlx_lm()
         from .exporting.export import export
 
-        try:
-            done = export(parsed.checkpoint, parsed.save_path, parsed.dequantize, parsed.drop_yarn)
-        except (CheckpointError, OSError) as e:
-            sys.exit(printable(e))
+        done = _or_one_sentence(export, parsed.checkpoint, parsed.save_path, parsed.dequantize, parsed.drop_yarn)
         say(printable(done))
 
     parser.set_defaults(do=do)
@@ -205,11 +197,7 @@ def _adapters(commands: Any) -> None:
         _need_mlx_lm()
         from .adapters import convert
 
-        try:
-            done = convert(parsed.adapter, parsed.save_path, parsed.model)
-        except (CheckpointError, OSError) as e:
-            sys.exit(printable(e))
-        say(printable(done))
+        say(printable(_or_one_sentence(convert, parsed.adapter, parsed.save_path, parsed.model)))
 
     parser.set_defaults(do=do)
 
@@ -220,6 +208,14 @@ def _need_mlx_lm() -> None:
 
     if why := diagnosis.why_no_host():
         sys.exit(printable(why))
+
+
+def _or_one_sentence(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns; where it fails on what the user has given, the command ends with one sentence."""
+    try:
+        return function(*arguments)
+    except (CheckpointError, OSError) as e:
+        sys.exit(printable(e))
 
 
 def _positive(text: str) -> int:
