@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..errors import CheckpointError, shown
 from ..files.headers import read_header
 from ..files.reading import read_json
 from ..files.saving import Saved, save, save_json
-from ..files.writing import no_space
+from ..files.writing import check_space
 
 CONFIG = "adapter_config.json"
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -80,8 +79,7 @@ def write(folder: Path, name: str, tensors: dict[str, mx.array], config: dict[st
     """Write both files of an adapter, and empty ``tensors`` meanwhile: one is in memory at a time."""
     saved = {path: Saved(array.dtype, array.shape, partial(_taken, tensors, path)) for path, array in tensors.items()}
     size = sum(tensor.size for tensor in saved.values())
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise no_space(folder.parent, size, free)
+    check_space(folder, size, folder.parent)
     for _ in save(folder / name, saved, "pt"):
         pass
     save_json(folder / CONFIG, config)

@@ -29,9 +29,11 @@ def check_outside(inner: Path, outer: Path) -> None:
         raise CheckpointError(inner, f"a folder outside of {outer}", "one inside it", "Move it, or choose another.")
 
 
-def no_space(out: Path, size: int, free: int) -> CheckpointError:
-    remedy = "Free some, or choose another --save-path."
-    return CheckpointError(out, f"{in_bytes(size)} of free space", in_bytes(free), remedy)
+def check_space(folder: Path, size: int, out: Path) -> None:
+    """Raise `CheckpointError` about ``out`` where the disk of a folder has no room for so many bytes."""
+    if (free := shutil.disk_usage(folder).free) < size:
+        remedy = "Free some, or choose another --save-path."
+        raise CheckpointError(out, f"{in_bytes(size)} of free space", in_bytes(free), remedy)
 
 
 @contextlib.contextmanager
@@ -49,8 +51,7 @@ def new_folder(out: Path, size: int) -> Iterator[Path]:
     check_empty(out)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out.parent).free) < size:
-        raise no_space(out, size, free)
+    check_space(out.parent, size, out)
     partial = out.with_name(f"{out.name}.unfinished")
     with _signals_as_exceptions():
         try:
