@@ -1,7 +1,7 @@
 """What differs between the releases of mlx-lm that this package runs on.
 
 Here and elsewhere, a comment ``Until`` names the release or pull request after which a workaround can go, once no older
-one is supported. docs/hosts.md lists them all.
+one is supported. CONTRIBUTING.md lists them all.
 """
 
 from __future__ import annotations
