@@ -1,7 +1,7 @@
 """What a checkpoint is, whether it loads, and what it takes in memory: from its config and safetensors headers alone.
 
-The host's own loader runs, lazily, on files that have the headers of the checkpoint and a hole in place of the data. The
-sizes are those of the arrays that it would evaluate. Only the peak of a conversion is estimated: see `planning`.
+The host's own loader runs, lazily, on files that have the headers of the checkpoint and a hole in place of the data.
+The sizes are those of the arrays that it would evaluate. Only the peak of a conversion is estimated: see `planning`.
 """
 
 from __future__ import annotations
